@@ -1,0 +1,73 @@
+"""Report: what a call did to each module, and what it changed in bytes and error."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module: ``action`` is "quantized" or "skipped", ``reason`` says why it was skipped or what to know.
+
+    Bytes count the weight (and its scales) once: a tied weight counts where it was first met, 0 elsewhere.
+    ``sqnr_db`` is 10 log10(sum w^2 / sum (w - w_hat)^2), None where nothing was quantized.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    action: str
+    reason: str = ""
+    grid: str = ""
+    granularity: str | int = ""
+    bytes_before: int = 0
+    bytes_after: int = 0
+    sqnr_db: float | None = None
+
+
+@dataclass
+class Report:
+    """What was replaced, skipped and why; ``str(report)`` is a table, ``to_dict`` is JSON-ready."""
+
+    entries: list[Entry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def quantized(self) -> list[Entry]:
+        return [e for e in self.entries if e.action == "quantized"]
+
+    @property
+    def skipped(self) -> list[Entry]:
+        return [e for e in self.entries if e.action == "skipped"]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(e.bytes_before for e in self.entries)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(e.bytes_after for e in self.entries)
+
+    def to_dict(self) -> dict:
+        return {
+            "entries": [asdict(e) for e in self.entries],
+            "notes": list(self.notes),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+    def __str__(self) -> str:
+        rows = [("module", "kind", "shape", "grid", "scales", "SQNR dB", "bytes")]
+        for e in self.entries:
+            shape = "x".join(map(str, e.shape))
+            sqnr = "" if e.sqnr_db is None else f"{e.sqnr_db:.1f}"
+            bytes_ = f"{e.bytes_before:,} -> {e.bytes_after:,}"
+            grid = e.grid if e.action == "quantized" else f"skipped: {e.reason}"
+            rows.append((e.name, e.kind, shape, grid, str(e.granularity), sqnr, bytes_))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(
+            f"{len(self.quantized)} quantized, {len(self.skipped)} skipped; "
+            f"weights {self.bytes_before:,} -> {self.bytes_after:,} bytes"
+        )
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
