@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from potqat import ops
-from potqat.config import PoTConfig
+from potqat.config import PoTConfig, matches
 from potqat.fake_quant import PoTFakeQuantize
 from potqat.modules import PackedEmbedding, PackedLinear, QATEmbedding, QATLinear
 from potqat.report import Entry, Report
@@ -89,11 +89,7 @@ def plan(model: nn.Module, cfg: PoTConfig) -> list[Site]:
         ValueError: nothing to quantize, or a ``skip`` or ``overrides`` pattern that matches none of them.
     """
     modules = [(name, m) for name, m in model.named_modules() if isinstance(m, tuple(KINDS))]
-    names = [name for name, _ in modules]
-    for pattern in (*cfg.skip, *cfg.overrides):
-        if not any(PoTConfig(skip=(pattern,)).skips(name) for name in names):
-            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise ValueError(f"PoTConfig: pattern {pattern!r} matches no quantizable module; they are: {shown}")
+    check_patterns(cfg, [name for name, _ in modules])
     tables = {id(m.weight): name for name, m in modules if isinstance(m, nn.Embedding)}
     sites = [_site(name, module, cfg, tables.get(id(module.weight))) for name, module in modules]
     if not any(site.cfg for site in sites):
@@ -106,15 +102,28 @@ def _site(name: str, module: nn.Module, cfg: PoTConfig, table: str | None) -> Si
     kind = next(kind for cls, kind in KINDS.items() if isinstance(module, cls))
     if type(module) not in KINDS:
         return Site(name, module, kind, None, f"{type(module).__name__} is a subclass with its own use of the weight")
-    if pattern := cfg.skips(name):
-        return Site(name, module, kind, None, f"matches skip pattern {pattern!r}")
     if kind == "embedding" and module.max_norm is not None:
         return Site(name, module, kind, None, "max_norm rewrites the table at each lookup")
-    # A head tied to an embedding is the embedding's table: it takes the table's configuration.
+    return Site(name, module, kind, *resolve(name, cfg, table))
+
+
+def check_patterns(cfg: PoTConfig, names: list[str]) -> None:
+    """Raise for a ``skip`` or ``overrides`` pattern that matches none of the quantizable modules ``names``."""
+    for pattern in (*cfg.skip, *cfg.overrides):
+        if not any(matches(pattern, name) for name in names):
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ValueError(f"PoTConfig: pattern {pattern!r} matches no quantizable module; they are: {shown}")
+
+
+def resolve(name: str, cfg: PoTConfig, table: str | None) -> tuple[PoTConfig | None, str]:
+    """The configuration of module ``name``, or None and the reason why it stays float.
+
+    A head tied to an embedding is the embedding's table: ``table`` names it and gives the configuration.
+    """
+    if pattern := cfg.skips(name):
+        return None, f"matches skip pattern {pattern!r}"
     resolved = cfg.at(table or name, embedding=table is not None)
-    if resolved is None:
-        return Site(name, module, kind, None, "embedding_grid is None")
-    return Site(name, module, kind, resolved)
+    return resolved, "" if resolved else "embedding_grid is None"
 
 
 def _check_packable(sites: list[Site]) -> None:
