@@ -97,6 +97,9 @@ class PackedEmbedding(_Packed):
         # An empty buffer follows .half() and .to(bfloat16) as the float table did.
         self.register_buffer("_dtype", torch.empty(0, dtype=dtype), persistent=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype.dtype
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = ops.embedding(ids, self.packed, self.scale, self.cfg, shape=self.shape)
-        return rows.to(self._dtype.dtype)
+        return ops.embedding(ids, self.packed, self.scale, self.cfg, shape=self.shape).to(self.dtype)

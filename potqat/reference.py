@@ -53,7 +53,8 @@ def expand_scale(scale: torch.Tensor, k: int, group_size: int) -> torch.Tensor:
 def quantize(w, scale, grid: str, rounding: str, group_size: int = 0) -> torch.Tensor:
     """Signed integer levels, float32 [N, K]: the nearest level to w / scale."""
     w = w.float()
-    return assign(w.abs() / expand_scale(scale, w.shape[1], group_size), grid, rounding).copysign(w)
+    level = assign(w.abs() / expand_scale(scale, w.shape[1], group_size), grid, rounding)
+    return level.copysign(w) + 0.0  # -0 + 0 = +0: there is one zero
 
 
 def fake_quantize(w, scale, grid: str, rounding: str, group_size: int = 0) -> torch.Tensor:

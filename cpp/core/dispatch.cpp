@@ -1,0 +1,64 @@
+// Which kernel table runs: one ordered list, chosen once, forced by POTQAT_ISA or set_isa. Wrong names fail.
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
+#include "kernels/kernel.h"
+#include "potqat.h"
+
+namespace potqat {
+namespace {
+
+const KernelTable* const kTables[] = {  // best first
+#ifdef POTQAT_X86
+    &kAvx512VnniTable,
+    &kAvx2Table,
+#endif
+    &kScalarTable,
+};
+
+const KernelTable* find(std::string_view name) {
+  for (const KernelTable* table : kTables) {
+    if (name == table->name && table->supported()) return table;
+  }
+  return nullptr;
+}
+
+const KernelTable* initial() {
+  const char* forced = std::getenv("POTQAT_ISA");
+  if (forced && *forced) return find(forced);
+  for (const KernelTable* table : kTables) {
+    if (table->supported()) return table;
+  }
+  return nullptr;
+}
+
+std::atomic<const KernelTable*>& active() {
+  static std::atomic<const KernelTable*> table{initial()};
+  return table;
+}
+
+std::string names(bool only_supported) {
+  std::string list;
+  for (const KernelTable* table : kTables) {
+    if (only_supported && !table->supported()) continue;
+    list += (list.empty() ? "" : ",") + std::string(table->name);
+  }
+  return list;
+}
+
+}  // namespace
+
+const KernelTable* active_table() { return active().load(std::memory_order_relaxed); }
+
+std::string built_isas() { return names(false); }
+std::string available_isas() { return names(true); }
+std::string active_isa() { return active_table() ? active_table()->name : ""; }
+
+bool set_isa(std::string_view name) {
+  const KernelTable* table = find(name);
+  if (table) active().store(table, std::memory_order_relaxed);
+  return table != nullptr;
+}
+
+}  // namespace potqat

@@ -1,0 +1,238 @@
+// Grids and roundings as threshold tables, and the conversion of rows to and from float32.
+#include "grid.h"
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <mutex>
+
+namespace potqat {
+namespace {
+
+std::vector<float> make_levels(const Grid& grid) {
+  switch (grid.kind) {
+    case Grid::Kind::kE2m1:
+      return {0, 1, 2, 3, 4, 6, 8, 12};
+    case Grid::Kind::kInt4:
+    case Grid::Kind::kInt8: {
+      std::vector<float> levels(grid.kind == Grid::Kind::kInt4 ? 8 : 128);
+      for (size_t i = 0; i < levels.size(); ++i) levels[i] = static_cast<float>(i);
+      return levels;
+    }
+    case Grid::Kind::kPot: {
+      std::vector<float> levels = {0};
+      for (int e = 0; e <= grid.top_exponent; ++e) levels.push_back(std::ldexp(1.0f, e));
+      return levels;
+    }
+  }
+  return {};
+}
+
+// Smallest float32 that is at least `value`.
+float ceil_to_float(double value) {
+  const float f = static_cast<float>(value);
+  return f < value ? std::nextafter(f, std::numeric_limits<float>::infinity()) : f;
+}
+
+// Nearest in the log domain: the geometric mean, never itself a float for neighbouring levels; 0.5 next to zero.
+double log_boundary(float low, float high) {
+  return low == 0 ? 0.5 : std::sqrt(static_cast<double>(low) * high);
+}
+
+float threshold(float low, float high, Rounding rounding) {
+  switch (rounding) {
+    case Rounding::kNearest:
+      return static_cast<float>((static_cast<double>(low) + high) / 2);  // ties to the larger
+    case Rounding::kLog:
+      return ceil_to_float(log_boundary(low, high));
+    case Rounding::kPaper: {
+      // Round half to even first: the smallest v whose integer reaches the boundary is integer - 0.5, which itself
+      // goes up only to an even integer. From 2^23 on every float is an integer.
+      const double integer = std::ceil(log_boundary(low, high));
+      const float tie = ceil_to_float(integer - 0.5);
+      const bool is_tie = static_cast<double>(tie) == integer - 0.5;
+      const bool even = std::fmod(integer, 2.0) == 0;
+      return is_tie && !even ? std::nextafter(tie, std::numeric_limits<float>::infinity()) : tie;
+    }
+  }
+  return 0;
+}
+
+Quantizer make_quantizer(const Grid& grid, Rounding rounding) {
+  Quantizer q{make_levels(grid), {}, grid.kind == Grid::Kind::kInt4 || grid.kind == Grid::Kind::kInt8};
+  for (size_t i = 1; i < q.levels.size(); ++i) {
+    q.thresholds.push_back(threshold(q.levels[i - 1], q.levels[i], rounding));
+  }
+  return q;
+}
+
+// Levels by counting thresholds, without branches so that the compiler vectorizes it; COUNT = 0: count at run time.
+template <int COUNT>
+void assign_by_counting(const Quantizer& q, const float* w, int64_t count, float scale, float* level) {
+  const int steps = COUNT ? COUNT : static_cast<int>(q.thresholds.size());
+  const float* thresholds = q.thresholds.data();
+  float step[32];
+  for (int i = 0; i < steps; ++i) step[i] = q.levels[i + 1] - q.levels[i];
+  for (int64_t j = 0; j < count; ++j) {
+    const float v = std::fabs(w[j]) / scale;
+    float magnitude = 0;
+    for (int i = 0; i < steps; ++i) magnitude += v >= thresholds[i] ? step[i] : 0.0f;
+    level[j] = std::copysign(magnitude, w[j]) + 0.0f;  // -0 + 0 = +0: there is one zero
+  }
+}
+
+// Levels 0, 1, 2, ...: threshold i lies in (i, i + 1), so only one comparison is needed.
+void assign_by_truncation(const Quantizer& q, const float* w, int64_t count, float scale, float* level) {
+  const float top = q.top();
+  const float* thresholds = q.thresholds.data();
+  for (int64_t j = 0; j < count; ++j) {
+    const float v = std::fabs(w[j]) / scale;
+    float magnitude = top;
+    if (v < top) {
+      const int below = static_cast<int>(v);
+      magnitude = static_cast<float>(below + (v >= thresholds[below]));
+    }
+    level[j] = std::copysign(magnitude, w[j]) + 0.0f;  // -0 + 0 = +0: there is one zero
+  }
+}
+
+float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  const uint32_t exponent = (h >> 10) & 31, mantissa = h & 1023;
+  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000 | mantissa << 13);
+  if (exponent == 0) return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(std::ldexp(float(mantissa), -24)));
+  return std::bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+uint16_t float_to_half(float f) {
+  const uint32_t bits = std::bit_cast<uint32_t>(f);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // 65520 and up round to infinity
+  if (magnitude < 0x38800000) {                       // below 2^-14: subnormal, in steps of 2^-24, half to even
+    return sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(std::bit_cast<float>(magnitude), 24)));
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+  return sign | static_cast<uint16_t>((rounded - (112u << 23)) >> 13);
+}
+
+uint16_t float_to_bfloat16(float f) {
+  const uint32_t bits = std::bit_cast<uint32_t>(f);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float read(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return static_cast<const float*>(data)[i];
+    case DType::kBFloat16:
+      return std::bit_cast<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16);
+    case DType::kFloat16:
+      return half_to_float(static_cast<const uint16_t*>(data)[i]);
+  }
+  return 0;
+}
+
+}  // namespace
+
+bool parse_grid(std::string_view name, Grid* grid) {
+  using Kind = Grid::Kind;
+  if (name == "pot4") return *grid = {Kind::kPot, 6, true, 4}, true;
+  if (name == "e2m1") return *grid = {Kind::kE2m1, 0, true, 4}, true;
+  if (name == "int4") return *grid = {Kind::kInt4, 0, true, 4}, true;
+  if (name == "int8") return *grid = {Kind::kInt8, 0, true, 8}, true;
+  if (!name.starts_with("pot(") || !name.ends_with(")")) return false;
+  const std::string_view digits = name.substr(4, name.size() - 5);
+  int k = 0;
+  if (digits.empty() || digits.size() > 2) return false;
+  for (char c : digits) {
+    if (c < '0' || c > '9') return false;
+    k = 10 * k + (c - '0');
+  }
+  return k <= 30 && (*grid = {Kind::kPot, k, false, 0}, true);
+}
+
+bool parse_rounding(std::string_view name, Rounding* rounding) {
+  if (name == "nearest") return *rounding = Rounding::kNearest, true;
+  if (name == "log") return *rounding = Rounding::kLog, true;
+  if (name == "paper") return *rounding = Rounding::kPaper, true;
+  return false;
+}
+
+bool parse_scale_method(std::string_view name, ScaleMethod* method) {
+  if (name == "absmax") return *method = ScaleMethod::kAbsmax, true;
+  if (name == "mse") return *method = ScaleMethod::kMse, true;
+  if (name == "output") return *method = ScaleMethod::kOutput, true;
+  return false;
+}
+
+bool parse_activations(std::string_view name, Activations* activations) {
+  if (name == "float") return *activations = Activations::kFloat, true;
+  if (name == "int8") return *activations = Activations::kInt8, true;
+  if (name == "static") return *activations = Activations::kStatic, true;
+  return false;
+}
+
+int64_t group_count(int64_t k, int64_t group_size) {
+  return group_size ? (k + group_size - 1) / group_size : 1;
+}
+
+int64_t tile_bytes(const Grid& grid) { return kTileOutputs * kTileInputs * grid.bits / 8; }
+
+const Quantizer& quantizer(const Grid& grid, Rounding rounding) {
+  static std::mutex mutex;
+  static std::map<int, Quantizer> made;  // node-based: references stay valid
+  const int key = (static_cast<int>(grid.kind) * 32 + grid.top_exponent) * 3 + static_cast<int>(rounding);
+  const std::lock_guard lock(mutex);
+  auto found = made.find(key);
+  if (found == made.end()) found = made.emplace(key, make_quantizer(grid, rounding)).first;
+  return found->second;
+}
+
+void assign_levels(const Quantizer& q, const float* w, int64_t count, float scale, float* level) {
+  if (q.unit_steps) {
+    assign_by_truncation(q, w, count, scale, level);
+  } else if (q.thresholds.size() == 7) {
+    assign_by_counting<7>(q, w, count, scale, level);
+  } else {
+    assign_by_counting<0>(q, w, count, scale, level);
+  }
+}
+
+bool load_row(const Matrix& w, int64_t row, float* out, int64_t* col) {
+  const int64_t start = row * w.row_stride;
+  if (w.dtype == DType::kFloat32 && w.col_stride == 1) {
+    if (w.cols) std::memcpy(out, static_cast<const float*>(w.data) + start, w.cols * sizeof(float));
+  } else {
+    for (int64_t j = 0; j < w.cols; ++j) out[j] = read(w.data, w.dtype, start + j * w.col_stride);
+  }
+  uint32_t bad = 0;  // exponent bits all ones: NaN or infinity
+  for (int64_t j = 0; j < w.cols; ++j) bad |= (std::bit_cast<uint32_t>(out[j]) & 0x7f800000) == 0x7f800000;
+  if (!bad) return true;
+  for (*col = 0; std::isfinite(out[*col]); ++*col) {
+  }
+  return false;
+}
+
+void store(const float* values, int64_t count, DType dtype, void* out, int64_t offset) {
+  if (dtype == DType::kFloat32) {
+    if (count) std::memcpy(static_cast<float*>(out) + offset, values, count * sizeof(float));
+    return;
+  }
+  uint16_t* half = static_cast<uint16_t*>(out) + offset;
+  for (int64_t j = 0; j < count; ++j) {
+    half[j] = dtype == DType::kBFloat16 ? float_to_bfloat16(values[j]) : float_to_half(values[j]);
+  }
+}
+
+void FirstError::report(const Status& status) {
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  if (status_.ok() || status.row < status_.row) status_ = status;
+}
+
+}  // namespace potqat

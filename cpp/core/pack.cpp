@@ -1,0 +1,124 @@
+// Codes to bytes and back, and the embedding lookup. The layout is specified in potqat.h.
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "grid.h"
+
+namespace potqat {
+namespace {
+
+// Where input j of output c sits in a column of tiles: a byte, and for 4 bits the shift of its nibble.
+struct Place {
+  int64_t byte;
+  int shift;
+};
+
+Place place(const Grid& grid, int64_t c, int64_t j) {
+  if (grid.bits == 8) return {(j / 4) * kLineBytes + 4 * c + j % 4, 0};
+  return {(j / 8) * kLineBytes + 4 * c + j % 4, static_cast<int>(j / 4 % 2) * 4};
+}
+
+int64_t tile_column_bytes(const Grid& grid, int64_t k) {
+  return (k + kTileInputs - 1) / kTileInputs * tile_bytes(grid);
+}
+
+// Codes of the magnitudes of a 4-bit grid, indexed by magnitude (at most 64).
+void code_table(const Quantizer& quantizer, uint8_t codes[65]) {
+  for (size_t i = 0; i < quantizer.levels.size(); ++i) codes[static_cast<int>(quantizer.levels[i])] = i;
+}
+
+// Signed level of each code; false for minus zero.
+bool decode(const Quantizer& quantizer, const Grid& grid, uint8_t byte, int shift, float* level) {
+  if (grid.bits == 8) {
+    *level = static_cast<float>(static_cast<int8_t>(byte));
+    return byte != 0x80;
+  }
+  const int code = byte >> shift & 15;
+  const float magnitude = quantizer.levels[code & 7];
+  *level = code & 8 ? -magnitude : magnitude;
+  return code != 8;
+}
+
+// Row `row` of a packed weight as level * scale; false and *col at a bad code.
+bool decode_row(const uint8_t* packed, const float* scale, const Quantization& q, const Quantizer& quantizer,
+                int64_t n, int64_t k, int64_t row, float* out, int64_t* col) {
+  const uint8_t* tiles = packed + row / kTileOutputs * tile_column_bytes(q.grid, k);
+  bool good = true;
+  for_each_group(k, q.group_size, [&](int64_t group, int64_t first, int64_t last) {
+    const float s = scale[group * n + row];
+    for (int64_t j = first; good && j < last; ++j) {
+      const Place at = place(q.grid, row % kTileOutputs, j);
+      float level;
+      good = decode(quantizer, q.grid, tiles[at.byte], at.shift, &level);
+      out[j] = level * s;
+      if (!good) *col = j;
+    }
+  });
+  return good;
+}
+
+}  // namespace
+
+Status pack(const Matrix& w, const float* scale, const Quantization& q, uint8_t* packed, const ParallelFor& parallel) {
+  const Quantizer& quantizer = potqat::quantizer(q.grid, q.rounding);
+  const int64_t column_bytes = tile_column_bytes(q.grid, w.cols);
+  uint8_t codes[65] = {};
+  if (q.grid.bits == 4) code_table(quantizer, codes);
+  FirstError error;
+  parallel((w.rows + kTileOutputs - 1) / kTileOutputs, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(w.cols), level(w.cols);
+    for (int64_t r = begin * kTileOutputs; r < end * kTileOutputs; ++r) {
+      uint8_t* tiles = packed + r / kTileOutputs * column_bytes;
+      if (r % kTileOutputs == 0) std::memset(tiles, 0, column_bytes);
+      if (r >= w.rows) continue;
+      int64_t col;
+      if (!load_row(w, r, row.data(), &col)) return error.report({Status::Code::kNotFinite, r, col});
+      for_each_group(w.cols, q.group_size, [&](int64_t group, int64_t first, int64_t last) {
+        const float s = scale[group * w.rows + r];
+        if (!(s > 0) || std::isinf(s)) return error.report({Status::Code::kBadScale, r, group});
+        assign_levels(quantizer, row.data() + first, last - first, s, level.data() + first);
+      });
+      for (int64_t j = 0; j < w.cols; ++j) {
+        const Place at = place(q.grid, r % kTileOutputs, j);
+        const int value = static_cast<int>(level[j]);
+        const int code = q.grid.bits == 8 ? value & 255 : codes[std::abs(value)] | (value < 0 ? 8 : 0);
+        tiles[at.byte] |= static_cast<uint8_t>(code << at.shift);
+      }
+    }
+  });
+  return error.status();
+}
+
+Status unpack(const uint8_t* packed, const float* scale, const Quantization& q, int64_t n, int64_t k, float* out,
+              const ParallelFor& parallel) {
+  const Quantizer& quantizer = potqat::quantizer(q.grid, Rounding::kNearest);
+  FirstError error;
+  parallel(n, kTileOutputs, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      int64_t col;
+      if (!decode_row(packed, scale, q, quantizer, n, k, r, out + r * k, &col)) {
+        return error.report({Status::Code::kBadCode, r, col});
+      }
+    }
+  });
+  return error.status();
+}
+
+Status embedding(const int64_t* ids, int64_t count, const uint8_t* packed, const float* scale, const Quantization& q,
+                 int64_t n, int64_t k, float* out, const ParallelFor& parallel) {
+  const Quantizer& quantizer = potqat::quantizer(q.grid, Rounding::kNearest);
+  FirstError error;
+  parallel(count, kTileOutputs, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t col;
+      if (ids[i] < 0 || ids[i] >= n) return error.report({Status::Code::kBadIndex, i, ids[i]});
+      if (!decode_row(packed, scale, q, quantizer, n, k, ids[i], out + i * k, &col)) {
+        return error.report({Status::Code::kBadCode, ids[i], col});
+      }
+    }
+  });
+  return error.status();
+}
+
+}  // namespace potqat
