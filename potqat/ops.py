@@ -125,7 +125,8 @@ def linear(
     ``activations=None`` x stays float and products are summed in float32, k ascending.
 
     Args:
-        x: float [..., K]; no gradient flows (inference only).
+        x: float [..., K]; its gradient is that of a float linear with the unpacked weight (activation rounding
+            passes straight through). packed, scale and bias get none.
         packed, scale: from ``pack``.
         bias: float32 [N] or None.
 
@@ -277,18 +278,33 @@ def _(ids, packed, scale, grid, num_embeddings, embedding_dim, group_size):
 # ---- Autograd: straight-through -----------------------------------------------------------------------------
 
 
-def _save(ctx, inputs, output):
+def _save_fake_quant(ctx, inputs, output):
     w, scale, *ctx.settings = inputs
     ctx.save_for_backward(w, scale)
 
 
-def _backward(ctx, grad):
+def _fake_quant_backward(ctx, grad):
     w, scale = ctx.saved_tensors
     dw, dscale = _ops.fake_quant_backward(grad, w, scale, *ctx.settings)
     return dw, dscale if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
-torch.library.register_autograd("potqat::fake_quant", _backward, setup_context=_save)
+torch.library.register_autograd("potqat::fake_quant", _fake_quant_backward, setup_context=_save_fake_quant)
+
+
+def _save_linear(ctx, inputs, output):
+    x, packed, scale, _, ctx.grid, ctx.out_features, ctx.group_size, *_ = inputs
+    ctx.save_for_backward(packed, scale)
+    ctx.in_features = x.shape[-1]
+
+
+def _linear_backward(ctx, grad):
+    packed, scale = ctx.saved_tensors
+    w = _ops.unpack(packed, scale, ctx.grid, ctx.out_features, ctx.in_features, ctx.group_size)
+    return (grad.float() @ w).to(grad.dtype), *[None] * 9
+
+
+torch.library.register_autograd("potqat::linear", _linear_backward, setup_context=_save_linear)
 
 
 # ---- Other devices: the same maths from PyTorch ops, so that training on a GPU works ------------------------

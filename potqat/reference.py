@@ -37,7 +37,7 @@ def boundaries(grid: str, rounding: str, device=None) -> torch.Tensor:
 
 def assign(v: torch.Tensor, grid: str, rounding: str) -> torch.Tensor:
     """Level of each non-negative v = |w| / scale, float32; values past the top level clamp; NaN stays NaN."""
-    v64 = v.double()
+    v64 = v.double().contiguous()
     if rounding == "paper":  # the papers: to an integer (half to even) first, then nearest in the log domain
         v64 = v64.round()
     index = torch.bucketize(v64, boundaries(grid, rounding, v.device), right=True)

@@ -1,0 +1,167 @@
+"""The packed linear layer: exact integers on every instruction set and thread count, and derived float bounds."""
+
+import pytest
+import torch
+
+import potqat
+from potqat import PoTConfig, reference
+
+GRIDS = ["pot4", "e2m1", "int4", "int8"]
+
+
+def make(n, k, cfg, dtype=torch.float32):
+    w = torch.randn(n, k).to(dtype)
+    scale = potqat.compute_scale(w, cfg)
+    return potqat.pack(w, scale, cfg), scale
+
+
+def oracle(x, packed, scale, bias, cfg, n, *, s_x=None, zero_point=0):
+    """Integer sums in int64, written from design section 4 without reference.linear; float32 tail in its order."""
+    k, size = x.shape[-1], cfg.group_size or max(x.shape[-1], 1)
+    level = reference.unpack(packed, cfg.grid, n, k).long()
+    x = x.float()
+    if s_x is None:
+        absmax = x.abs().amax(-1, keepdim=True)
+        scale_x = torch.where(absmax == 0, torch.ones_like(absmax), absmax / 127)
+        q = (x / scale_x).round().clamp(-127, 127).long()
+    else:
+        scale_x = torch.full_like(x[..., :1], s_x)
+        q = ((x / scale_x).round() + zero_point).clamp(-128, 127).long() - zero_point
+    out = torch.zeros(*x.shape[:-1], n)
+    for g in range(scale.shape[0]):
+        part = slice(g * size, (g + 1) * size)
+        acc = q[..., part] @ level[:, part].t()
+        assert acc.abs().max() < 2**31
+        out += acc.float() * (scale_x * scale[g])
+    return out if bias is None else out + bias
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("granularity", ["channel", 32, 64, 128])
+def test_integer_linear_is_exact(isa, grid, granularity):
+    cfg = PoTConfig(grid=grid, granularity=granularity)
+    for m, n, k in [(1, 16, 64), (1, 50, 100), (2, 17, 65), (3, 7, 1), (5, 33, 129), (9, 16, 192), (13, 1, 257),
+                    (64, 20, 96), (65, 31, 70), (131, 48, 128)]:  # fmt: skip
+        packed, scale = make(n, k, cfg)
+        x, bias = torch.randn(m, k) * 3, torch.randn(n)
+        for b in (None, bias):
+            ours = potqat.linear(x, packed, scale, b, cfg, out_features=n)
+            assert torch.equal(ours, oracle(x, packed, scale, b, cfg, n)), (m, n, k)
+            assert torch.equal(ours, reference.linear(x, packed, scale, b, grid, n, cfg.group_size))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("granularity", ["channel", 32])
+@pytest.mark.parametrize("zero_point", [-128, -7, 0, 127])
+def test_static_affine_activations_are_exact(isa, grid, granularity, zero_point):
+    cfg = PoTConfig(grid=grid, granularity=granularity)
+    for m, n, k in [(1, 16, 64), (4, 33, 100), (70, 18, 130)]:
+        packed, scale = make(n, k, cfg)
+        x, bias, s_x = torch.randn(m, k) * 4, torch.randn(n), 0.03125
+        ours = potqat.linear(
+            x, packed, scale, bias, cfg, out_features=n, input_scale=s_x, input_zero_point=zero_point
+        )
+        assert torch.equal(ours, oracle(x, packed, scale, bias, cfg, n, s_x=s_x, zero_point=zero_point))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_largest_sums_stay_exact(isa, grid):
+    """All weights and activations at their extremes, at the largest K: no saturation and no wrap."""
+    k = 131071
+    cfg = PoTConfig(grid=grid)
+    w = torch.full((3, k), 1.0)
+    w[1] = -1
+    w[2, ::2] = -1
+    packed, scale = make(3, k, cfg)
+    scale = potqat.compute_scale(w, cfg)
+    packed = potqat.pack(w, scale, cfg)
+    x = torch.full((2, k), 1.0)
+    x[1] = -1
+    assert torch.equal(potqat.linear(x, packed, scale, None, cfg, out_features=3),
+                       oracle(x, packed, scale, None, cfg, 3))  # fmt: skip
+
+
+@pytest.mark.parametrize("activations", ["int8", None])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_isa_and_thread_count_gives_the_scalar_bits(one_thread, grid, activations):
+    available = potqat.cpu_info()["available"]
+    before = potqat.cpu_info()["isa"]
+    for granularity, m, n, k in [("channel", 1, 2000, 770), ("channel", 7, 300, 64), (64, 33, 500, 200)]:
+        cfg = PoTConfig(grid=grid, granularity=granularity, activations=activations)
+        packed, scale = make(n, k, cfg)
+        x, bias = torch.randn(m, k), torch.randn(n)
+        results = {}
+        for name in available:
+            for threads in (1, 2):
+                potqat.set_isa(name)
+                torch.set_num_threads(threads)
+                results[name, threads] = potqat.linear(x, packed, scale, bias, cfg, out_features=n)
+        potqat.set_isa(before)
+        scalar = results["scalar", 1]
+        assert all(torch.equal(scalar, y) for y in results.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_output_follows_the_input_dtype(dtype):
+    cfg = PoTConfig()
+    packed, scale = make(24, 80, cfg, dtype)
+    x = torch.randn(2, 3, 80).to(dtype)
+    ours = potqat.linear(x, packed, scale, None, cfg, out_features=24)
+    assert ours.shape == (2, 3, 24)
+    assert torch.equal(ours, oracle(x, packed, scale, None, cfg, 24).to(dtype))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("granularity", ["channel", 32])
+def test_float_activations_within_the_summation_bound(isa, grid, granularity):
+    """k products and sums in float32, one more product and (groups - 1) more sums:
+    |error| <= (k + groups + 2) eps sum |x w| (Higham, Accuracy and Stability, 3.1), doubled for the second order."""
+    cfg = PoTConfig(grid=grid, granularity=granularity, activations=None)
+    n, k = 37, 300
+    packed, scale = make(n, k, cfg)
+    x = torch.randn(5, k)
+    w = potqat.unpack(packed, scale, cfg, (n, k)).double()
+    exact = x.double() @ w.t()
+    bound = 2 * (k + cfg.groups(k) + 2) * 2.0**-24 * (x.abs().double() @ w.abs().t())
+    assert ((potqat.linear(x, packed, scale, None, cfg, out_features=n) - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_spoils_only_itself(isa, value):
+    cfg = PoTConfig()
+    packed, scale = make(20, 70, cfg)
+    x = torch.randn(3, 70)
+    clean = potqat.linear(x, packed, scale, None, cfg, out_features=20)
+    x[1, 5] = value
+    ours = potqat.linear(x, packed, scale, None, cfg, out_features=20)
+    assert ours[1].isnan().all()
+    assert torch.equal(ours[::2], clean[::2])
+    static = potqat.linear(x, packed, scale, None, cfg, out_features=20, input_scale=0.1, input_zero_point=3)
+    assert static[1].isnan().all()
+    assert static[::2].isfinite().all()
+
+
+def test_empty_batches_zero_rows_and_views(isa):
+    cfg = PoTConfig()
+    packed, scale = make(20, 70, cfg)
+    assert potqat.linear(torch.empty(0, 70), packed, scale, None, cfg, out_features=20).shape == (0, 20)
+    assert potqat.linear(torch.empty(2, 0, 70), packed, scale, None, cfg, out_features=20).shape == (2, 0, 20)
+    zero = potqat.linear(torch.zeros(2, 70), packed, scale, torch.ones(20), cfg, out_features=20)
+    assert torch.equal(zero, torch.ones(2, 20))
+    x = torch.randn(70, 6).t()[::2]
+    assert torch.equal(potqat.linear(x, packed, scale, None, cfg, out_features=20),
+                       potqat.linear(x.contiguous(), packed, scale, None, cfg, out_features=20))  # fmt: skip
+    assert potqat.linear(torch.randn(70), packed, scale, None, cfg, out_features=20).shape == (20,)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_embedding_rows_are_the_table_rows(grid):
+    cfg = PoTConfig(grid=grid, granularity=32)
+    packed, scale = make(65, 100, cfg)
+    table = potqat.unpack(packed, scale, cfg, (65, 100))
+    ids = torch.randint(65, (4, 7))
+    assert torch.equal(potqat.embedding(ids, packed, scale, cfg, shape=(65, 100)), table[ids])
+    assert potqat.embedding(ids[:0], packed, scale, cfg, shape=(65, 100)).shape == (0, 7, 100)
+    assert torch.equal(potqat.embedding(ids.int().t(), packed, scale, cfg, shape=(65, 100)), table[ids.t()])
+    with pytest.raises(ValueError, match="id 65 at position 1 is outside the table"):
+        potqat.embedding(torch.tensor([3, 65]), packed, scale, cfg, shape=(65, 100))
