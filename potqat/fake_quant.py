@@ -73,11 +73,8 @@ class PoTFakeQuantize(nn.Module):
 
     def pack(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(packed, scale [G, N]) of what ``forward`` gives in eval mode, bit for bit."""
-        try:
-            scale = self.scale(weight).detach().contiguous()
-            return ops.pack(weight, scale, self.cfg), scale
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from None
+        scale = self.scale(weight).detach().contiguous()
+        return ops.pack(weight, scale, self.cfg), scale
 
     def extra_repr(self) -> str:
         cfg = self.cfg

@@ -251,8 +251,9 @@ def _(w, scale, grid, rounding, group_size, clip):
 
 
 @torch.library.register_fake("potqat::fake_quant_backward")
-def _(grad, w, scale, grid, rounding, group_size, clip):
-    return torch.empty_like(w, memory_format=torch.contiguous_format), torch.empty_like(scale)
+def _(grad, w, scale, grid, rounding, group_size, clip, scale_grad):
+    dscale = scale.new_empty(scale.shape[0] if scale_grad else 0, scale.shape[1])
+    return torch.empty_like(w, memory_format=torch.contiguous_format), dscale
 
 
 @torch.library.register_fake("potqat::pack")
@@ -285,8 +286,9 @@ def _save_fake_quant(ctx, inputs, output):
 
 def _fake_quant_backward(ctx, grad):
     w, scale = ctx.saved_tensors
-    dw, dscale = _ops.fake_quant_backward(grad, w, scale, *ctx.settings)
-    return dw, dscale if ctx.needs_input_grad[1] else None, None, None, None, None
+    scale_grad = ctx.needs_input_grad[1]
+    dw, dscale = _ops.fake_quant_backward(grad, w, scale, *ctx.settings, scale_grad)
+    return dw, dscale if scale_grad else None, None, None, None, None
 
 
 torch.library.register_autograd("potqat::fake_quant", _fake_quant_backward, setup_context=_save_fake_quant)
@@ -330,9 +332,9 @@ def _(w, scale, grid, rounding, group_size, clip):
 
 
 @_decompose("fake_quant_backward")
-def _(grad, w, scale, grid, rounding, group_size, clip):
+def _(grad, w, scale, grid, rounding, group_size, clip, scale_grad):
     dw, dscale = reference.fake_quantize_backward(grad, w, scale, grid, rounding, group_size, clip)
-    return dw.contiguous(), dscale
+    return dw.contiguous(), dscale if scale_grad else dscale[:0]
 
 
 @_decompose("pack")

@@ -148,12 +148,15 @@ def _replace(
             report.entries.append(Entry(**entry, action="skipped", reason=site.reason, bytes_after=before))
             continue
         first = id(weight) not in made
-        if first:
-            fake_quant = fake_quant_of(site, weight)
-            made[id(weight)] = fake_quant, fake_quant.pack(weight) if packed else (None, None)
-        fake_quant, (codes, scale) = made[id(weight)]
-        with torch.no_grad():
-            w_hat = ops.fake_quantize(weight, fake_quant.scale(weight), fake_quant.cfg)
+        try:
+            if first:
+                fake_quant = fake_quant_of(site, weight)
+                made[id(weight)] = fake_quant, fake_quant.pack(weight) if packed else (None, None)
+            fake_quant, (codes, scale) = made[id(weight)]
+            with torch.no_grad():
+                w_hat = ops.fake_quantize(weight, fake_quant.scale(weight), fake_quant.cfg)
+        except ValueError as error:
+            raise ValueError(f"{site.name}: {error}") from None
         replacements[site.name] = _replacement(site, fake_quant, first, codes, scale)
         after = codes.numel() + 4 * scale.numel() if packed and first else 0 if packed else before
         report.entries.append(

@@ -23,7 +23,8 @@ def test_opcheck(dtype):
     opcheck(o.compute_scale, (w, torch.rand(100), "pot4", "nearest", "output", 0, True))
     opcheck(o.fake_quant, (w.requires_grad_(), scale.clone().requires_grad_(), "pot4", "nearest", 64, True))
     w = w.detach()
-    opcheck(o.fake_quant_backward, (torch.randn_like(w), w, scale, "pot4", "nearest", 64, True))
+    opcheck(o.fake_quant_backward, (torch.randn_like(w), w, scale, "pot4", "nearest", 64, True, True))
+    opcheck(o.fake_quant_backward, (torch.randn_like(w), w, scale, "pot4", "nearest", 64, True, False))
     opcheck(o.pack, (w, scale, "pot4", "nearest", 64))
     opcheck(o.unpack, (packed, scale, "pot4", 33, 100, 64))
     x = torch.randn(2, 3, 100).to(dtype)
@@ -78,7 +79,7 @@ def test_backward_matches_the_reference_bit_for_bit_in_dw():
     for grid in ("pot4", "int8"):
         w, grad = torch.randn(9, 50), torch.randn(9, 50)
         scale = torch.rand(2, 9) * 0.05 + 1e-3
-        ours = torch.ops.potqat.fake_quant_backward(grad, w, scale, grid, "nearest", 32, True)
+        ours = torch.ops.potqat.fake_quant_backward(grad, w, scale, grid, "nearest", 32, True, True)
         theirs = reference.fake_quantize_backward(grad, w, scale, grid, "nearest", 32, True)
         assert torch.equal(ours[0], theirs[0])
         torch.testing.assert_close(ours[1], theirs[1])

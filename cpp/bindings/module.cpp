@@ -111,8 +111,8 @@ py::dict cpu_info() {
 
 void set_isa(const std::string& name) {
   if (!potqat::set_isa(name)) {
-    throw py::value_error("potqat.set_isa: '" + name + "' is not available here; available: " +
-                          potqat::available_isas());
+    throw py::value_error("potqat.set_isa: '" + name +
+                          "' is not available here; available: " + potqat::available_isas());
   }
 }
 

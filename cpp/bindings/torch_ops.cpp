@@ -44,8 +44,8 @@ void check_status(const Status& status, const char* op) {
       fail(op, "the weight holds NaN or infinity at [" + row + ", " + col +
                    "]; find where it diverged and repair it before quantizing");
     case Status::Code::kBadCode:
-      fail(op, "packed weight [" + row + ", " + col +
-                   "] is minus zero, a code that no packer writes: the data is damaged");
+      fail(op,
+           "packed weight [" + row + ", " + col + "] is minus zero, a code that no packer writes: the data is damaged");
     case Status::Code::kBadScale:
       fail(op, "the scale of output " + row + ", group " + col + " is not a positive finite number");
     case Status::Code::kBadIndex:
@@ -92,8 +92,9 @@ const float* scale_data(const Tensor& scale, const Quantization& q, int64_t n, i
   const int64_t groups = potqat::group_count(k, q.group_size);
   check(scale.dim() == 2 && scale.size(0) == groups && scale.size(1) == n && scale.is_contiguous() &&
             scale.scalar_type() == ScalarType::Float,
-        op, "scale must be contiguous float32 [" + std::to_string(groups) + ", " + std::to_string(n) + "], got " +
-                shape(scale));
+        op,
+        "scale must be contiguous float32 [" + std::to_string(groups) + ", " + std::to_string(n) + "], got " +
+            shape(scale));
   return static_cast<const float*>(scale.data_ptr());
 }
 
@@ -103,8 +104,9 @@ const uint8_t* packed_data(const Tensor& packed, const Quantization& q, int64_t 
   check(packed.dim() == 3 && packed.size(0) == rows && packed.size(1) == cols &&
             packed.size(2) == potqat::tile_bytes(q.grid) && packed.is_contiguous() &&
             packed.scalar_type() == ScalarType::Byte,
-        op, "packed must be contiguous uint8 [" + std::to_string(rows) + ", " + std::to_string(cols) + ", " +
-                std::to_string(potqat::tile_bytes(q.grid)) + "], got " + shape(packed));
+        op,
+        "packed must be contiguous uint8 [" + std::to_string(rows) + ", " + std::to_string(cols) + ", " +
+            std::to_string(potqat::tile_bytes(q.grid)) + "], got " + shape(packed));
   return static_cast<const uint8_t*>(packed.data_ptr());
 }
 
@@ -149,15 +151,14 @@ Tensor fake_quant(const Tensor& w, const Tensor& scale_, const std::string& grid
   const Quantization q = quantization(grid, rounding, group_size, op);
   const Tensor scale = as_contiguous(scale_);
   Tensor out = torch::stable::new_empty(w, {m.rows, m.cols});
-  check_status(potqat::fake_quantize(m, scale_data(scale, q, m.rows, m.cols, op), q, out.mutable_data_ptr(),
-                                     run_parallel),
-               op);
+  check_status(
+      potqat::fake_quantize(m, scale_data(scale, q, m.rows, m.cols, op), q, out.mutable_data_ptr(), run_parallel), op);
   return out;
 }
 
 std::tuple<Tensor, Tensor> fake_quant_backward(const Tensor& grad, const Tensor& w, const Tensor& scale_,
-                                               const std::string& grid, const std::string& rounding,
-                                               int64_t group_size, bool clip) {
+                                               const std::string& grid, const std::string& rounding, int64_t group_size,
+                                               bool clip, bool scale_grad) {
   const char* op = "fake_quant_backward";
   const Matrix m = matrix(w, op), g = matrix(grad, op);
   const Quantization q = quantization(grid, rounding, group_size, op);
@@ -166,10 +167,9 @@ std::tuple<Tensor, Tensor> fake_quant_backward(const Tensor& grad, const Tensor&
   const Tensor scale = as_contiguous(scale_);
   const float* s = scale_data(scale, q, m.rows, m.cols, op);
   Tensor dw = torch::stable::new_empty(w, {m.rows, m.cols});
-  Tensor dscale = torch::stable::new_empty(scale, {scale.size(0), scale.size(1)});
-  check_status(potqat::ste_backward(g, m, s, q, clip, dw.mutable_data_ptr(),
-                                    static_cast<float*>(dscale.mutable_data_ptr()), run_parallel),
-               op);
+  Tensor dscale = torch::stable::new_empty(scale, {scale_grad ? scale.size(0) : 0, scale.size(1)});
+  float* dscale_data = scale_grad ? static_cast<float*>(dscale.mutable_data_ptr()) : nullptr;
+  check_status(potqat::ste_backward(g, m, s, q, clip, dw.mutable_data_ptr(), dscale_data, run_parallel), op);
   return {dw, dscale};
 }
 
@@ -217,8 +217,8 @@ Tensor linear(const Tensor& x_, const Tensor& packed_, const Tensor& scale_, con
   const bool is_static = args.activations == potqat::Activations::kStatic;
   // |q - zero point| reaches 255: with int8 weights the int32 sums then hold half as many inputs.
   const int64_t limit = is_static && args.q.grid.bits == 8 ? potqat::kMaxInputs / 2 : potqat::kMaxInputs;
-  check(args.k <= limit, op, "at most " + std::to_string(limit) + " inputs keep int32 sums exact, got " +
-                                 std::to_string(args.k));
+  check(args.k <= limit, op,
+        "at most " + std::to_string(limit) + " inputs keep int32 sums exact, got " + std::to_string(args.k));
   check(!is_static || (input_scale > 0 && input_zero_point >= -128 && input_zero_point <= 127), op,
         "input_scale must be positive and input_zero_point in -128..127");
   args.m = 1;
@@ -268,18 +268,23 @@ Tensor embedding(const Tensor& ids_, const Tensor& packed_, const Tensor& scale_
 }  // namespace
 
 STABLE_TORCH_LIBRARY(potqat, m) {
-  m.def("compute_scale(Tensor w, Tensor? importance, str grid, str rounding, str method, int group_size, "
-        "bool per_tensor) -> Tensor");
+  m.def(
+      "compute_scale(Tensor w, Tensor? importance, str grid, str rounding, str method, int group_size, "
+      "bool per_tensor) -> Tensor");
   m.def("fake_quant(Tensor w, Tensor scale, str grid, str rounding, int group_size, bool clip) -> Tensor");
-  m.def("fake_quant_backward(Tensor grad, Tensor w, Tensor scale, str grid, str rounding, int group_size, bool clip) "
-        "-> (Tensor, Tensor)");
+  m.def(
+      "fake_quant_backward(Tensor grad, Tensor w, Tensor scale, str grid, str rounding, int group_size, bool clip, "
+      "bool scale_grad) -> (Tensor, Tensor)");
   m.def("pack(Tensor w, Tensor scale, str grid, str rounding, int group_size) -> Tensor");
-  m.def("unpack(Tensor packed, Tensor scale, str grid, int out_features, int in_features, int group_size) "
-        "-> Tensor");
-  m.def("linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, str grid, int out_features, int group_size, "
-        "str activations, float input_scale, int input_zero_point) -> Tensor");
-  m.def("embedding(Tensor ids, Tensor packed, Tensor scale, str grid, int num_embeddings, int embedding_dim, "
-        "int group_size) -> Tensor");
+  m.def(
+      "unpack(Tensor packed, Tensor scale, str grid, int out_features, int in_features, int group_size) "
+      "-> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, str grid, int out_features, int group_size, "
+      "str activations, float input_scale, int input_zero_point) -> Tensor");
+  m.def(
+      "embedding(Tensor ids, Tensor packed, Tensor scale, str grid, int num_embeddings, int embedding_dim, "
+      "int group_size) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(potqat, CPU, m) {

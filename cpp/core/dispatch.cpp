@@ -9,7 +9,8 @@
 namespace potqat {
 namespace {
 
-const KernelTable* const kTables[] = {  // best first
+const KernelTable* const kTables[] = {
+    // best first
 #ifdef POTQAT_X86
     &kAvx512VnniTable,
     &kAvx2Table,

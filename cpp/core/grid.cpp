@@ -37,9 +37,7 @@ float ceil_to_float(double value) {
 }
 
 // Nearest in the log domain: the geometric mean, never itself a float for neighbouring levels; 0.5 next to zero.
-double log_boundary(float low, float high) {
-  return low == 0 ? 0.5 : std::sqrt(static_cast<double>(low) * high);
-}
+double log_boundary(float low, float high) { return low == 0 ? 0.5 : std::sqrt(static_cast<double>(low) * high); }
 
 float threshold(float low, float high, Rounding rounding) {
   switch (rounding) {
@@ -68,18 +66,26 @@ Quantizer make_quantizer(const Grid& grid, Rounding rounding) {
   return q;
 }
 
-// Levels by counting thresholds, without branches so that the compiler vectorizes it; COUNT = 0: count at run time.
-template <int COUNT>
-void assign_by_counting(const Quantizer& q, const float* w, int64_t count, float scale, float* level) {
-  const int steps = COUNT ? COUNT : static_cast<int>(q.thresholds.size());
-  const float* thresholds = q.thresholds.data();
-  float step[32];
-  for (int i = 0; i < steps; ++i) step[i] = q.levels[i + 1] - q.levels[i];
+// Levels of a grid with 8 magnitudes, by counting thresholds: written out without branches or an inner loop, so that
+// the compiler vectorizes over the weights.
+void assign_eight(const Quantizer& q, const float* w, int64_t count, float scale, float* level) {
+  const float* t = q.thresholds.data();
+  float step[7];
+  for (int i = 0; i < 7; ++i) step[i] = q.levels[i + 1] - q.levels[i];
   for (int64_t j = 0; j < count; ++j) {
     const float v = std::fabs(w[j]) / scale;
-    float magnitude = 0;
-    for (int i = 0; i < steps; ++i) magnitude += v >= thresholds[i] ? step[i] : 0.0f;
+    const auto above = [&](int i) { return v >= t[i] ? step[i] : 0.0f; };
+    const float magnitude = above(0) + above(1) + above(2) + above(3) + above(4) + above(5) + above(6);
     level[j] = std::copysign(magnitude, w[j]) + 0.0f;  // -0 + 0 = +0: there is one zero
+  }
+}
+
+void assign_any(const Quantizer& q, const float* w, int64_t count, float scale, float* level) {
+  for (int64_t j = 0; j < count; ++j) {
+    const float v = std::fabs(w[j]) / scale;
+    size_t index = 0;
+    for (float threshold : q.thresholds) index += v >= threshold;
+    level[j] = std::copysign(q.levels[index], w[j]) + 0.0f;
   }
 }
 
@@ -177,9 +183,7 @@ bool parse_activations(std::string_view name, Activations* activations) {
   return false;
 }
 
-int64_t group_count(int64_t k, int64_t group_size) {
-  return group_size ? (k + group_size - 1) / group_size : 1;
-}
+int64_t group_count(int64_t k, int64_t group_size) { return group_size ? (k + group_size - 1) / group_size : 1; }
 
 int64_t tile_bytes(const Grid& grid) { return kTileOutputs * kTileInputs * grid.bits / 8; }
 
@@ -197,11 +201,22 @@ void assign_levels(const Quantizer& q, const float* w, int64_t count, float scal
   if (q.unit_steps) {
     assign_by_truncation(q, w, count, scale, level);
   } else if (q.thresholds.size() == 7) {
-    assign_by_counting<7>(q, w, count, scale, level);
+    assign_eight(q, w, count, scale, level);
   } else {
-    assign_by_counting<0>(q, w, count, scale, level);
+    assign_any(q, w, count, scale, level);
   }
 }
+
+float absmax(const float* w, int64_t count) {
+  int32_t most = 0;  // bit patterns of non-negative floats are ordered as integers, and integer max vectorizes
+  for (int64_t j = 0; j < count; ++j) {
+    const int32_t magnitude = std::bit_cast<int32_t>(w[j]) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+  }
+  return std::bit_cast<float>(most);
+}
+
+bool bad_scale(float scale) { return !(scale > 0) || std::isinf(scale); }
 
 bool load_row(const Matrix& w, int64_t row, float* out, int64_t* col) {
   const int64_t start = row * w.row_stride;
@@ -210,9 +225,7 @@ bool load_row(const Matrix& w, int64_t row, float* out, int64_t* col) {
   } else {
     for (int64_t j = 0; j < w.cols; ++j) out[j] = read(w.data, w.dtype, start + j * w.col_stride);
   }
-  uint32_t bad = 0;  // exponent bits all ones: NaN or infinity
-  for (int64_t j = 0; j < w.cols; ++j) bad |= (std::bit_cast<uint32_t>(out[j]) & 0x7f800000) == 0x7f800000;
-  if (!bad) return true;
+  if (std::isfinite(absmax(out, w.cols))) return true;
   for (*col = 0; std::isfinite(out[*col]); ++*col) {
   }
   return false;

@@ -21,6 +21,11 @@ const Quantizer& quantizer(const Grid& grid, Rounding rounding);
 // level[i] = signed level of w[i] for a group with this scale.
 void assign_levels(const Quantizer& quantizer, const float* w, int64_t count, float scale, float* level);
 
+// Largest magnitude; NaN or infinity if there is one.
+float absmax(const float* w, int64_t count);
+
+bool bad_scale(float scale);  // not a positive finite number
+
 // Row `row` of w as float32; false (and *col) if an entry is NaN or infinite.
 bool load_row(const Matrix& w, int64_t row, float* out, int64_t* col);
 void store(const float* values, int64_t count, DType dtype, void* out, int64_t offset);

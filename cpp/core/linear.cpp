@@ -16,11 +16,11 @@ constexpr int64_t kMinThreadWork = 1 << 20;
 
 // What the tile loop reads: one row of activations per token, padded with zeros to whole tiles.
 struct Inputs {
-  int64_t stride;                 // inputs, padded
-  std::vector<int8_t> q;          // [m + 1, stride]; the last row is ones where a zero point needs row sums
-  std::vector<int32_t> q_sum;     // [m + 1, groups]
-  std::vector<float> x;           // [m, stride], float activations
-  std::vector<float> scale;       // [m] s_x; NaN for a row that holds NaN or infinity
+  int64_t stride;              // inputs, padded
+  std::vector<int8_t> q;       // [m + 1, stride]; the last row is ones where a zero point needs row sums
+  std::vector<int32_t> q_sum;  // [m + 1, groups]
+  std::vector<float> x;        // [m, stride], float activations
+  std::vector<float> scale;    // [m] s_x; NaN for a row that holds NaN or infinity
   int32_t zero_point = 0;
 };
 
@@ -35,14 +35,8 @@ float clamp(float v, float low, float high) { return v < low ? low : v > high ? 
 
 // One token: x [k] -> q, returns s_x.
 float quantize_row(const Linear& a, const float* x, int8_t* q) {
-  float most = 0;
-  uint32_t bad = 0;
-  for (int64_t j = 0; j < a.k; ++j) {
-    const float magnitude = std::fabs(x[j]);
-    most = magnitude > most ? magnitude : most;
-    bad |= !(magnitude <= std::numeric_limits<float>::max());
-  }
-  if (bad) {
+  const float most = absmax(x, a.k);
+  if (!std::isfinite(most)) {
     std::memset(q, 0, a.k);
     return std::numeric_limits<float>::quiet_NaN();
   }
@@ -74,26 +68,27 @@ Inputs prepare(const Linear& a, int64_t groups, const ParallelFor& parallel) {
     in.x.assign(rows * in.stride, 0);
   }
   const Matrix x = {a.x, a.dtype, a.m, a.k, a.k, 1};
-  parallel(rows, std::max<int64_t>(1, kMinThreadWork / 16 / std::max<int64_t>(1, a.k)), [&](int64_t begin, int64_t end) {
-    std::vector<float> row(quantized ? a.k : 0);
-    for (int64_t r = begin; r < end; ++r) {
-      int64_t col;
-      if (!quantized) {
-        load_row(x, r, in.x.data() + r * in.stride, &col);
-        continue;
-      }
-      int8_t* q = in.q.data() + r * in.stride;
-      if (r < a.m) {
-        load_row(x, r, row.data(), &col);
-        in.scale[r] = quantize_row(a, row.data(), q);
-      }
-      for_each_group(a.k, a.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
-        int32_t sum = 0;
-        for (int64_t j = first; j < last; ++j) sum += q[j];
-        in.q_sum[r * groups + group] = sum;
-      });
-    }
-  });
+  parallel(rows, std::max<int64_t>(1, kMinThreadWork / 16 / std::max<int64_t>(1, a.k)),
+           [&](int64_t begin, int64_t end) {
+             std::vector<float> row(quantized ? a.k : 0);
+             for (int64_t r = begin; r < end; ++r) {
+               int64_t col;
+               if (!quantized) {
+                 load_row(x, r, in.x.data() + r * in.stride, &col);
+                 continue;
+               }
+               int8_t* q = in.q.data() + r * in.stride;
+               if (r < a.m) {
+                 load_row(x, r, row.data(), &col);
+                 in.scale[r] = quantize_row(a, row.data(), q);
+               }
+               for_each_group(a.k, a.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
+                 int32_t sum = 0;
+                 for (int64_t j = first; j < last; ++j) sum += q[j];
+                 in.q_sum[r * groups + group] = sum;
+               });
+             }
+           });
   return in;
 }
 

@@ -40,22 +40,24 @@ bool decode(const Quantizer& quantizer, const Grid& grid, uint8_t byte, int shif
   return code != 8;
 }
 
-// Row `row` of a packed weight as level * scale; false and *col at a bad code.
-bool decode_row(const uint8_t* packed, const float* scale, const Quantization& q, const Quantizer& quantizer,
-                int64_t n, int64_t k, int64_t row, float* out, int64_t* col) {
+// Row `row` of a packed weight as level * scale.
+Status decode_row(const uint8_t* packed, const float* scale, const Quantization& q, const Quantizer& quantizer,
+                  int64_t n, int64_t k, int64_t row, float* out) {
   const uint8_t* tiles = packed + row / kTileOutputs * tile_column_bytes(q.grid, k);
-  bool good = true;
+  Status status;
   for_each_group(k, q.group_size, [&](int64_t group, int64_t first, int64_t last) {
     const float s = scale[group * n + row];
-    for (int64_t j = first; good && j < last; ++j) {
+    if (bad_scale(s) && status.ok()) status = {Status::Code::kBadScale, row, group};
+    for (int64_t j = first; j < last; ++j) {
       const Place at = place(q.grid, row % kTileOutputs, j);
       float level;
-      good = decode(quantizer, q.grid, tiles[at.byte], at.shift, &level);
+      if (!decode(quantizer, q.grid, tiles[at.byte], at.shift, &level) && status.ok()) {
+        status = {Status::Code::kBadCode, row, j};
+      }
       out[j] = level * s;
-      if (!good) *col = j;
     }
   });
-  return good;
+  return status;
 }
 
 }  // namespace
@@ -76,7 +78,7 @@ Status pack(const Matrix& w, const float* scale, const Quantization& q, uint8_t*
       if (!load_row(w, r, row.data(), &col)) return error.report({Status::Code::kNotFinite, r, col});
       for_each_group(w.cols, q.group_size, [&](int64_t group, int64_t first, int64_t last) {
         const float s = scale[group * w.rows + r];
-        if (!(s > 0) || std::isinf(s)) return error.report({Status::Code::kBadScale, r, group});
+        if (bad_scale(s)) return error.report({Status::Code::kBadScale, r, group});
         assign_levels(quantizer, row.data() + first, last - first, s, level.data() + first);
       });
       for (int64_t j = 0; j < w.cols; ++j) {
@@ -96,10 +98,8 @@ Status unpack(const uint8_t* packed, const float* scale, const Quantization& q, 
   FirstError error;
   parallel(n, kTileOutputs, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      int64_t col;
-      if (!decode_row(packed, scale, q, quantizer, n, k, r, out + r * k, &col)) {
-        return error.report({Status::Code::kBadCode, r, col});
-      }
+      const Status status = decode_row(packed, scale, q, quantizer, n, k, r, out + r * k);
+      if (!status.ok()) return error.report(status);
     }
   });
   return error.status();
@@ -111,11 +111,9 @@ Status embedding(const int64_t* ids, int64_t count, const uint8_t* packed, const
   FirstError error;
   parallel(count, kTileOutputs, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      int64_t col;
       if (ids[i] < 0 || ids[i] >= n) return error.report({Status::Code::kBadIndex, i, ids[i]});
-      if (!decode_row(packed, scale, q, quantizer, n, k, ids[i], out + i * k, &col)) {
-        return error.report({Status::Code::kBadCode, ids[i], col});
-      }
+      const Status status = decode_row(packed, scale, q, quantizer, n, k, ids[i], out + i * k);
+      if (!status.ok()) return error.report(status);
     }
   });
   return error.status();

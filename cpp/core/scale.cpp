@@ -31,12 +31,6 @@ float absmax_scale(float absmax, float top) {
   return scale;
 }
 
-float absmax(const float* w, int64_t count) {
-  float most = 0;
-  for (int64_t j = 0; j < count; ++j) most = std::fabs(w[j]) > most ? std::fabs(w[j]) : most;
-  return most;
-}
-
 double squared_error(const Quantizer& quantizer, const float* w, const float* importance, int64_t count, float scale,
                      float* level) {
   assign_levels(quantizer, w, count, scale, level);

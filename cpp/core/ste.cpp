@@ -11,8 +11,6 @@ constexpr int64_t kRowGrain = 16;
 // dscale is summed in this many interleaved lanes, so that it can be vectorized and stays the same sum everywhere.
 constexpr int kLanes = 16;
 
-bool bad_scale(float scale) { return !(scale > 0) || std::isinf(scale); }
-
 float lane_sum(const float* lanes) {
   float sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += lanes[i];
@@ -42,8 +40,8 @@ Status fake_quantize(const Matrix& w, const float* scale, const Quantization& q,
   return error.status();
 }
 
-Status ste_backward(const Matrix& grad, const Matrix& w, const float* scale, const Quantization& q, bool clip,
-                    void* dw, float* dscale, const ParallelFor& parallel) {
+Status ste_backward(const Matrix& grad, const Matrix& w, const float* scale, const Quantization& q, bool clip, void* dw,
+                    float* dscale, const ParallelFor& parallel) {
   const Quantizer& quantizer = potqat::quantizer(q.grid, q.rounding);
   const float top = quantizer.top();
   FirstError error;

@@ -21,8 +21,7 @@ struct KernelTable {
   // acc[r][c] = sum of x * level in float32, k ascending, every product rounded before it is added.
   void (*dot4_float)(const uint8_t* lines, int64_t line_count, const int8_t levels[16], const float* x,
                      int64_t x_stride, int64_t m, float* acc);
-  void (*dot8_float)(const uint8_t* lines, int64_t line_count, const float* x, int64_t x_stride, int64_t m,
-                     float* acc);
+  void (*dot8_float)(const uint8_t* lines, int64_t line_count, const float* x, int64_t x_stride, int64_t m, float* acc);
 };
 
 extern const KernelTable kScalarTable;
