@@ -1,0 +1,140 @@
+"""The ``potqat`` command. A verb is one ``_add_*`` function and one ``_run_*`` function.
+
+Results go to stdout, progress and errors to stderr. Exit: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+
+import torch
+
+import potqat
+from potqat.flows.experiment import ARMS, PRESETS, Experiment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (``sys.argv[1:]`` by default); returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="potqat", description="Language-model weights as signed powers of two in 4 bits.",
+        epilog="example: potqat demo", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"potqat {potqat.__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add_demo(verbs)
+    _add_train(verbs)
+    try:
+        arguments = parser.parse_args(argv)
+        return arguments.run(arguments)
+    except SystemExit as stop:  # argparse: 0 after --help, 2 after a usage error
+        return stop.code
+    except _Usage as error:
+        return _fail(error, 2)
+    except (ValueError, OSError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+
+
+class _Usage(Exception):
+    """Arguments that parse but do not make sense together."""
+
+
+def _fail(error: object, status: int) -> int:
+    print(f"potqat: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+# ---- demo and train: the character-level experiment ---------------------------------------------------------
+
+
+def _add_demo(verbs) -> None:
+    preset = PRESETS["demo"]
+    parser = verbs.add_parser(
+        "demo",
+        help="train, quantize, pack and compare a small GPT in a few minutes",
+        description="Train a small character-level GPT, quantize it to powers of two, pack it to 4 bits and compare it "
+        f"with float and int4: {preset.total_iterations:,} iterations an arm, at most 5 minutes on 2 cores.",
+        epilog="example: potqat demo --data my.txt --out my-demo",
+    )
+    _add_experiment(parser, "demo")
+
+
+def _add_train(verbs) -> None:
+    preset = PRESETS["train"]
+    parser = verbs.add_parser(
+        "train",
+        help="the same experiment at the papers' length",
+        description="The papers' character-level experiment at full length: "
+        f"{preset.float_iterations:,} iterations in float, then every arm to {preset.total_iterations:,}.",
+        epilog="example: potqat train --data shakespeare.txt --out shakespeare --arms int4,pot4",
+    )
+    _add_experiment(parser, "train")
+    for name, what in (
+        ("layers", "transformer blocks"),
+        ("heads", "attention heads"),
+        ("width", "channels"),
+        ("context", "characters the model sees"),
+        ("batch", "windows a step"),
+        ("float_iterations", "steps in float before the checkpoint"),
+        ("total_iterations", "steps of every arm, the float ones included"),
+        ("evaluate_every", "steps between two points of the curves"),
+    ):
+        default = getattr(preset, name)
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{what} (default: {default:,})")
+    parser.add_argument(
+        "--arms", type=lambda names: tuple(names.split(",")), default=preset.arms, metavar="A,B",
+        help=f"what to compare with the float control, of: {', '.join(ARMS)} (default: all)",
+    )  # fmt: skip
+
+
+def _add_experiment(parser: argparse.ArgumentParser, verb: str) -> None:
+    preset = PRESETS[verb]
+    parser.set_defaults(run=lambda arguments: _run_experiment(preset, arguments))
+    parser.add_argument("--data", metavar="FILE", help="text to train on, UTF-8 (default: Python's own language help)")
+    parser.add_argument(
+        "--out", metavar="DIR", default=f"potqat-{verb}",
+        help="folder for results; the same command goes on where it stopped (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=preset.seed, help="same seed, same result (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=preset.device,
+        help="where to train; packed models are always measured on the CPU (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--qat", choices=("eager", "pt2e"), default=preset.qat,
+        help="train through replaced modules or through an exported graph (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print metrics as JSON instead of the table")
+
+
+def _run_experiment(preset: Experiment, arguments: argparse.Namespace) -> int:
+    from potqat.flows import nanogpt
+    from potqat.flows.trainer import Interrupted
+
+    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(preset) if hasattr(arguments, f.name)}
+    try:
+        experiment = dataclasses.replace(preset, **given)
+    except ValueError as error:
+        raise _Usage(error) from None
+    if arguments.threads is not None and arguments.threads < 1:
+        raise _Usage(f"--threads must be at least 1, got {arguments.threads}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    try:
+        metrics = nanogpt.run(experiment, arguments.out, arguments.data)
+    except Interrupted as stop:
+        return _fail(f"{stop}; the state is in {arguments.out}: run the same command again to go on", 130)
+    if arguments.json:
+        print(json.dumps(metrics))
+    else:
+        print(f"{metrics['samples']}\n\n{metrics['table']}\n\nEverything is in {arguments.out}/")
+    return 0

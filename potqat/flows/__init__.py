@@ -1,0 +1,1 @@
+"""Complete experiments: data, training, quantization, evaluation, results."""

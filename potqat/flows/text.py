@@ -1,0 +1,90 @@
+"""A text as character tokens, split by position into train, validation and test."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SPLITS = {"train": (0.0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1.0)}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids are positions in ``characters``, the sorted set of characters in the whole text.
+
+    ``sha256`` is of the text in UTF-8; ``splits`` maps train, val and test to int64 [tokens].
+    """
+
+    name: str
+    sha256: str
+    characters: str
+    splits: dict[str, torch.Tensor]
+
+    def decode(self, ids: torch.Tensor) -> str:
+        """The characters of int64 [T]."""
+        return "".join(self.characters[i] for i in ids.tolist())
+
+    def windows(self, split: str, context: int, at_most: int) -> torch.Tensor:
+        """int64 [W, context + 1]: evenly spaced windows whose inputs do not overlap; all that fit, or ``at_most``."""
+        tokens = self.splits[split]
+        last = len(tokens) - context - 1
+        count = min(at_most, last // context + 1)
+        starts = torch.linspace(0, last // context, count, dtype=torch.float64).long() * context
+        return self.at(split, starts, context)
+
+    def at(self, split: str, starts: torch.Tensor, context: int) -> torch.Tensor:
+        """int64 [W, context + 1]: the windows that begin at ``starts`` [W]."""
+        return self.splits[split][starts[:, None] + torch.arange(context + 1)]
+
+
+def load_text(path: str | Path | None, context: int) -> Text:
+    """Read a UTF-8 text file, or by default the language help that comes with Python (``pydoc_data.topics``; its
+    wording changes a little from version to version).
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, PermissionError: the file cannot be read.
+        ValueError: the file is empty or not UTF-8, or a split does not hold one window of ``context`` + 1 characters.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        name, content = "pydoc_data.topics", "".join(topics[key] for key in sorted(topics))
+    else:
+        name, content = Path(path).name, _read(Path(path))
+    return split_text(name, content, context)
+
+
+def split_text(name: str, content: str, context: int) -> Text:
+    """Tokenize ``content`` and split it; errors as in load_text."""
+    points = np.frombuffer(content.encode("utf-32-le"), dtype=np.uint32)
+    characters, ids = np.unique(points, return_inverse=True)
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    n = len(tokens)
+    splits = {split: tokens[round(begin * n) : round(end * n)] for split, (begin, end) in SPLITS.items()}
+    shortest = min(splits, key=lambda split: len(splits[split]))
+    if len(splits[shortest]) < context + 1:
+        raise ValueError(
+            f"{name}: the text is too short: its {shortest} split holds {len(splits[shortest])} characters of {n}, and "
+            f"one window of context {context} needs {context + 1}; give a longer text or a smaller context"
+        )
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    return Text(name, sha256, "".join(map(chr, characters)), splits)
+
+
+def _read(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise type(error)(f"{path}: cannot read the text: {error.strerror}; check the path given as data") from None
+    if not content:
+        raise ValueError(f"{path}: the file is empty; give a text file in UTF-8")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 text (byte {error.start} is 0x{content[error.start]:02x}); convert it to UTF-8 first"
+        ) from None
