@@ -1,0 +1,41 @@
+# make demo: everything from nothing to a packed 4-bit model.  make test: the same set-up, then the tests.
+# TORCH names the PyTorch to install; where pip's default brings CUDA and you want it smaller, point pip at PyTorch's
+# CPU wheels with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+SOURCES := $(shell find cpp cmake -type f) CMakeLists.txt pyproject.toml
+NATIVE := $(shell find cpp -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+
+.PHONY: demo test lint format notebooks clean
+
+demo: $(VENV)/installed
+	$(BIN)/potqat demo --out out/demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+notebooks: $(VENV)/installed
+	$(BIN)/python notebooks/run.py
+
+clean:
+	rm -rf $(VENV) build out
+
+# torch comes first and alone: potqat is compiled against the torch that is installed.
+$(VENV)/installed: $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "potqat needs Python 3.10 or later")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
