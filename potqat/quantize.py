@@ -139,10 +139,11 @@ def _replace(
     model: nn.Module, sites: list[Site], fake_quant_of: Callable[[Site, torch.Tensor], PoTFakeQuantize], packed: bool
 ) -> Report:
     """Build every replacement first (all errors come here), then put them in."""
-    report, made, replacements = Report(), {}, {}
+    report, made, replacements, counted = Report(), {}, {}, set()
     for site in sites:
         weight = site.module.weight
-        before = 0 if id(weight) in made else weight.numel() * weight.element_size()
+        before = 0 if id(weight) in counted else weight.numel() * weight.element_size()
+        counted.add(id(weight))
         entry = {"name": site.name, "kind": site.kind, "shape": tuple(weight.shape), "bytes_before": before}
         if site.cfg is None:
             report.entries.append(Entry(**entry, action="skipped", reason=site.reason, bytes_after=before))
