@@ -88,7 +88,7 @@ def _add_train(verbs) -> None:
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{what} (default: {default:,})")
     parser.add_argument(
-        "--arms", type=lambda names: tuple(names.split(",")), default=preset.arms, metavar="A,B",
+        "--arms", type=lambda names: tuple(dict.fromkeys(names.split(","))), default=preset.arms, metavar="A,B",
         help=f"what to compare with the float control, of: {', '.join(ARMS)} (default: all)",
     )  # fmt: skip
 
@@ -101,7 +101,9 @@ def _add_experiment(parser: argparse.ArgumentParser, verb: str) -> None:
         "--out", metavar="DIR", default=f"potqat-{verb}",
         help="folder for results; the same command goes on where it stopped (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=preset.seed, help="same seed, same result (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=preset.seed, help="same seed and threads, same result (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default=preset.device,

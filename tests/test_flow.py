@@ -113,13 +113,23 @@ def test_speed_is_measured_for_every_model():
 PHASE = Phase("small", 0, 25, 1e-3, 1e-4, warmup=5, evaluate_every=10, seed=7)
 
 
-def trained(path, config=None, stop_at=None, phase=PHASE):
+def pt2e(model, config):
+    batch = torch.export.Dim("batch", min=1)
+    return potqat.pt2e.prepare(model, (torch.zeros(2, 16, dtype=torch.int64),), config, dynamic_shapes=({0: batch},))
+
+
+def eager(model, config):
+    potqat.prepare_qat_(model, config)
+    return model
+
+
+def trained(path, config=None, stop_at=None, phase=PHASE, prepare=eager):
     """Train a small model from the state in ``path``; with ``stop_at`` a stop is asked for in that iteration."""
     text = split_text("words", WORDS, 16)
     windows = text.windows("val", 16, 8)
     stop, model = threading.Event(), small_model(text)
     if config is not None:
-        potqat.prepare_qat_(model, config)
+        model = prepare(model, config)
 
     def batch_at(i):
         if i == stop_at:
@@ -131,17 +141,18 @@ def trained(path, config=None, stop_at=None, phase=PHASE):
     return model.state_dict(), curve
 
 
-@pytest.mark.parametrize("config", [None, *(arm.config for arm in ARMS.values())], ids=["float", *ARMS])
-def test_training_stopped_and_resumed_is_training_in_one_go(tmp_path, one_thread, config):
+@pytest.mark.parametrize(("arm", "prepare"), [(None, eager), *((arm, eager) for arm in ARMS), ("pot4", pt2e)])
+def test_training_stopped_and_resumed_is_training_in_one_go(tmp_path, one_thread, arm, prepare):
     torch.set_num_threads(1)
-    state, curve = trained(tmp_path / "once.pt", config)
+    config = ARMS[arm].config if arm else None
+    state, curve = trained(tmp_path / "once.pt", config, prepare=prepare)
     assert [point["iteration"] for point in curve] == [0, 10, 20, 25]
     assert curve[-1]["val"] < curve[0]["val"]
     for i in (0, 9, 12, 23):
         with pytest.raises(Interrupted, match=f"stopped at iteration {i + 1} of 25 of 'small'"):
-            trained(tmp_path / "stopped.pt", config, stop_at=i)
+            trained(tmp_path / "stopped.pt", config, stop_at=i, prepare=prepare)
         torch.manual_seed(99)  # what the global generator holds in between must not matter
-    again, curve_again = trained(tmp_path / "stopped.pt", config)
+    again, curve_again = trained(tmp_path / "stopped.pt", config, prepare=prepare)
     assert curve_again == curve
     assert state.keys() == again.keys()
     assert all(torch.equal(state[name], again[name]) for name in state)
@@ -323,6 +334,15 @@ def test_arms_can_be_added_to_a_finished_run(words, tmp_path, one_thread):
     assert (tmp_path / "state" / "float.pt").stat().st_mtime_ns == before
     rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["float", "control", "int4-ptq", "int4-qat", "pot4-ptq", "pot4-qat"]
+
+
+def test_pt2e_trains_to_the_losses_of_eager(run, words, tmp_path, one_thread):
+    _, metrics = run
+    arguments = ["train", *TINY, "--qat=pt2e", "--arms=pot4-paper,pot4", "--data", str(words), "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    eager = {row["name"]: row for row in metrics["rows"]}
+    for row in json.loads((tmp_path / "metrics.json").read_text())["rows"]:
+        assert row["val_loss"] == pytest.approx(eager[row["name"]]["val_loss"], abs=1e-4)
 
 
 def test_presets_are_the_papers_model():

@@ -93,6 +93,8 @@ PRESETS = {
     "demo": Experiment(
         float_iterations=1200,
         total_iterations=1650,
+        qat_learning_rate=1e-3,
+        qat_final_learning_rate=1e-4,
         evaluate_every=150,
         arms=("int4-paper", "pot4-paper", "pot4"),
     ),

@@ -186,17 +186,18 @@ def _rows(
 ) -> list[Row]:
     """The table's rows, models on the CPU."""
     windows = {split: text.windows(split, experiment.context, TABLE_WINDOWS) for split in ("val", "test")}
+    windows["curve"] = text.windows("val", experiment.context, CURVE_WINDOWS)
     checkpoint = copy.deepcopy(trained[CHECKPOINT]).cpu().eval()
     begin, end = experiment.float_iterations, experiment.total_iterations
 
     def row(name: str, label: str, iterations: int, model: nn.Module, **fields) -> Row:
         losses = {split: evaluate(model, part) for split, part in windows.items()}
-        return Row(name, label, iterations, model, losses["val"], losses["test"], **fields)
+        return Row(name, label, iterations, model, losses["val"], losses["test"], losses["curve"], **fields)
 
-    def packed_row(name: str, label: str, iterations: int, model: nn.Module, report: Report, **fields) -> Row:
+    def packed_row(name: str, label: str, iterations: int, model: nn.Module, stored: nn.Module, **fields) -> Row:
         path = folder / f"{name}.safetensors"
-        size = potqat.save(model, path)
-        return row(name, label, iterations, model, packed=True, file=path.name, bytes=size, report=report, **fields)
+        size = potqat.save(stored, path)
+        return row(name, label, iterations, model, packed=True, file=path.name, bytes=size, **fields)
 
     control = copy.deepcopy(trained[CONTROL]).cpu()
     rows = [
@@ -210,10 +211,13 @@ def _rows(
         if config.grid not in GRIDS:
             rows.append(row(f"{name}-qat", f"{label}, QAT", end, model, fake_quantized_val=fake))
             continue
-        quantized = copy.deepcopy(checkpoint)
-        rows.append(packed_row(f"{name}-ptq", f"{label}, PTQ", begin, quantized, potqat.quantize_(quantized, config)))
-        packed, report = _packed(model, experiment)
-        rows.append(packed_row(f"{name}-qat", f"{label}, QAT", end, packed, report, fake_quantized_val=fake))
+        ptq = copy.deepcopy(checkpoint)
+        report = potqat.quantize_(ptq, config)
+        rows.append(packed_row(f"{name}-ptq", f"{label}, PTQ", begin, ptq, ptq, report=report))
+        qat, stored, report = _converted(model, config, checkpoint, experiment)
+        rows.append(
+            packed_row(f"{name}-qat", f"{label}, QAT", end, qat, stored, report=report, fake_quantized_val=fake)
+        )
     timed = {r.name: r.model for r in rows if r.bytes is not None}
     speeds = tokens_per_second(timed, windows["val"][:64, :-1])
     for r in rows:
@@ -221,12 +225,19 @@ def _rows(
     return rows
 
 
-def _packed(model: nn.Module, experiment: Experiment) -> tuple[nn.Module, Report]:
+def _converted(
+    model: nn.Module, config: PoTConfig, checkpoint: nn.Module, experiment: Experiment
+) -> tuple[nn.Module, nn.Module, Report]:
+    """What to run, what to store, and the report. The graph that PT2E lowers runs, but files hold modules: they come
+    from an eager model with the same state."""
     if experiment.qat == "eager":
         packed = copy.deepcopy(model)
-        return packed, potqat.convert_(packed)
-    packed = potqat.pt2e.convert(model)
-    return packed, packed.report
+        report = potqat.convert_(packed)
+        return packed, packed, report
+    stored = copy.deepcopy(checkpoint)
+    potqat.prepare_qat_(stored, config)
+    stored.load_state_dict(model.state_dict())
+    return potqat.pt2e.convert(model), stored, potqat.convert_(stored)
 
 
 def _metrics(experiment: Experiment, text: Text, rows: list[Row], curves: dict, sizes: dict[str, int]) -> dict:
@@ -263,8 +274,9 @@ def _table(metrics: dict, rows: list[Row], sizes: dict[str, int]) -> str:
         f"Loss in nats a token on {metrics['text']['name']} (val {note['val_tokens']:,} and test "
         f"{note['test_tokens']:,} characters), context {note['context']}, stride {note['stride']}; "
         "'last val': last position of each window only.\n"
-        "Quantized rows: the packed model with int8 activations; 'fake val': the same weights before packing, float "
-        "activations.\n"
+        f"The checkpoint has {rows[0].iterations:,} iterations, and PTQ starts from it; the control and QAT go on to "
+        f"{control.iterations:,}. Quantized rows: the packed model with int8 activations; 'fake val': the same weights "
+        "before packing, float activations.\n"
         f"tokens/s: forward of 64 windows on {machine['threads']} thread(s), {machine['isa']}, {machine['cpu']}."
     )
 

@@ -12,7 +12,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -25,9 +24,9 @@ COLUMN = 58  # characters of one sample's column; two fit a wide terminal
 
 @dataclass
 class Row:
-    """One model of the table. ``packed`` rows run from ``file`` with int8 activations through the kernels; ``bytes`` is
-    the size of that file (None: nothing is stored). ``fake_quantized_val`` is the loss of the same weights before
-    packing, with float activations."""
+    """One model of the table. ``packed`` rows run with int8 activations through the kernels; ``bytes`` is the size of
+    ``file`` (None: nothing is stored). ``fake_quantized_val`` is the loss of the same weights before
+    packing, with float activations. ``curve_val`` is the loss on the windows that the curves are drawn from."""
 
     name: str
     label: str
@@ -35,6 +34,7 @@ class Row:
     model: nn.Module
     val: Loss
     test: Loss
+    curve_val: Loss
     packed: bool = False
     file: str | None = None
     bytes: int | None = None
@@ -83,14 +83,14 @@ def machine() -> dict[str, Any]:
 
 def table(rows: list[Row], control: Row, float32_bytes: int, bfloat16_bytes: int) -> str:
     """The rows as aligned text. ``vs control`` is the validation loss less the control's."""
-    head = ("model", "its", "val", "vs control", "test", "test ppl", "last val", "fake val", "bytes", "of fp32",
+    head = ("model", "val", "vs control", "test", "test ppl", "last val", "fake val", "bytes", "of fp32",
             "of bf16", "tokens/s")  # fmt: skip
     cells = [head]
     for row in rows:
         fake, size, speed = row.fake_quantized_val, row.bytes, row.tokens_per_second
         cells.append(
             (
-                row.label, f"{row.iterations:,}", f"{row.val.loss:.4f}", f"{row.val.loss - control.val.loss:+.4f}",
+                row.label, f"{row.val.loss:.4f}", f"{row.val.loss - control.val.loss:+.4f}",
                 f"{row.test.loss:.4f}", f"{row.test.perplexity:.3f}", f"{row.val.last:.3f}",
                 "" if fake is None else f"{fake.loss:.4f}", "not packed" if size is None else f"{size:,}",
                 "" if size is None else f"{size / float32_bytes:.1%}",
@@ -134,13 +134,13 @@ def plot(path: Path, curves: dict[str, list[dict[str, float]]], labels: dict[str
         draw(zoom, curves[name], colors[name], label)
         if name in packed:
             zoom.plot(
-                curves[name][-1]["iteration"], packed[name].val.loss, marker="D", ms=6, color=colors[name],
+                curves[name][-1]["iteration"], packed[name].curve_val.loss, marker="D", ms=6, color=colors[name],
                 mec="white", clip_on=False, zorder=5, ls="none",
             )  # fmt: skip
     # A weight just quantized starts far above; the picture is about where training takes it.
-    losses = [p[split] for name in labels for p in curves[name][1:] or curves[name] for split in ("train", "val")]
-    low, high = min(losses), float(np.quantile(losses, 0.97))
-    zoom.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
+    losses = [point[split] for name in labels for point in curves[name][1:] for split in ("train", "val")]
+    margin = 0.08 * (max(losses) - min(losses))
+    zoom.set_ylim(min(losses) - margin, max(losses) + margin)
     whole.set_title("Whole run")
     zoom.set_title("From one checkpoint: control and quantization-aware training")
     zoom.plot([], [], color="0.3", lw=1.6, label="validation (solid)")
