@@ -8,13 +8,18 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find cpp cmake -type f) CMakeLists.txt pyproject.toml
 NATIVE := $(shell find cpp -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo test lint format notebooks clean
+.PHONY: demo test sanitize lint format notebooks clean
 
 demo: $(VENV)/installed
 	$(BIN)/potqat demo --out out/demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+sanitize: $(VENV)/installed
+	$(BIN)/cmake -S cpp/tests -B build/sanitize
+	$(BIN)/cmake --build build/sanitize --parallel 2
+	build/sanitize/test_core
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
