@@ -112,6 +112,8 @@ class PreparedModel(nn.Module):
 
     def _move_in(self, gm: GraphModule, prefix: str) -> None:
         """Take over what the graph refers to and the eager model does not have, and rename its references."""
+        own = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        own |= {name for name, _ in self.named_buffers(remove_duplicate=False)}
         for node in gm.graph.nodes:
             if node.op not in ("call_module", "get_attr"):
                 continue
@@ -121,7 +123,7 @@ class PreparedModel(nn.Module):
                     owner, _, leaf = fqn.rpartition(".")
                     self.get_submodule(owner).add_module(f"{leaf}_fake_quant", value)
                 node.target = f"{value.fqns[0]}_fake_quant"
-            elif not _has(self, node.target):
+            elif node.target not in own:
                 node.target = prefix + node.target.replace(".", "_")
                 if isinstance(value, nn.Module):
                     self.add_module(node.target, value)
@@ -159,11 +161,3 @@ def _same_tensors(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.M
         for name, child in module._modules.items():
             plain._modules[name] = None if child is None else _same_tensors(child, copies)
     return copies[module]
-
-
-def _has(module: nn.Module, target: str) -> bool:
-    try:
-        attrgetter(target)(module)
-    except AttributeError:
-        return False
-    return True
