@@ -91,11 +91,11 @@ class Experiment:
 PRESETS = {
     "train": Experiment(),
     "demo": Experiment(
-        float_iterations=1200,
-        total_iterations=1650,
+        float_iterations=1000,
+        total_iterations=1400,
         qat_learning_rate=1e-3,
         qat_final_learning_rate=1e-4,
-        evaluate_every=150,
+        evaluate_every=100,
         arms=("int4-paper", "pot4-paper", "pot4"),
     ),
 }

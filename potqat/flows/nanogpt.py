@@ -12,6 +12,7 @@ import json
 import sys
 import threading
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ def run(experiment: Experiment, out: str | Path, data: str | Path | None = None)
     total = sum(phase.iterations for phase in phases.values())
     trained: dict[str, nn.Module] = {}
     curves: dict[str, list[dict[str, float]]] = {}
-    slow = 0.5 if sys.stderr.isatty() else 15.0  # seconds between updates: a log file wants few lines
-    with stop_on_interrupt() as stop, tqdm(total=total, unit="it", mininterval=slow, dynamic_ncols=True) as bar:
+    progress = partial(tqdm, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5.0)
+    with stop_on_interrupt() as stop, progress(total=total, unit="it") as bar:
         for name, phase in phases.items():
             if name != CHECKPOINT:
                 model = _prepared(trained[CHECKPOINT], ARMS[name].config if name in ARMS else None, experiment)
@@ -81,7 +82,9 @@ def run(experiment: Experiment, out: str | Path, data: str | Path | None = None)
 
     (out / "models").mkdir(exist_ok=True)
     sizes = _save_float(trained[CHECKPOINT], out / "models")
-    rows = _rows(trained, text, experiment, out / "models", sizes["float32"])
+    models = 2 + sum(1 + (ARMS[name].config.grid in GRIDS) for name in experiment.arms)  # PTQ needs a packed form
+    with progress(desc="measuring", total=models, unit="model") as bar:
+        rows = _rows(trained, text, experiment, out / "models", sizes["float32"], bar)
     metrics = _metrics(experiment, text, rows, curves, sizes)
     labels = {CONTROL: "float control"} | {name: ARMS[name].label for name in experiment.arms}
     results.plot(out / "loss_curves.png", curves, labels, rows)
@@ -182,7 +185,7 @@ def _save_float(model: nn.Module, folder: Path) -> dict[str, int]:
 
 
 def _rows(
-    trained: dict[str, nn.Module], text: Text, experiment: Experiment, folder: Path, float_bytes: int
+    trained: dict[str, nn.Module], text: Text, experiment: Experiment, folder: Path, float_bytes: int, bar: tqdm
 ) -> list[Row]:
     """The table's rows, models on the CPU."""
     windows = {split: text.windows(split, experiment.context, TABLE_WINDOWS) for split in ("val", "test")}
@@ -192,6 +195,7 @@ def _rows(
 
     def row(name: str, label: str, iterations: int, model: nn.Module, **fields) -> Row:
         losses = {split: evaluate(model, part) for split, part in windows.items()}
+        bar.update()
         return Row(name, label, iterations, model, losses["val"], losses["test"], losses["curve"], **fields)
 
     def packed_row(name: str, label: str, iterations: int, model: nn.Module, stored: nn.Module, **fields) -> Row:
