@@ -87,8 +87,8 @@ class PoTConfig:
         return 0 if isinstance(self.granularity, str) else self.granularity
 
     def groups(self, in_features: int) -> int:
-        """Number of scales along the inputs of one output feature."""
-        return -(-in_features // self.group_size) if self.group_size else 1
+        """Number of scales along the inputs of one output feature, at least 1."""
+        return max(1, -(-in_features // self.group_size)) if self.group_size else 1
 
     def skips(self, name: str) -> str | None:
         """The first ``skip`` pattern that matches module path ``name``, or None."""

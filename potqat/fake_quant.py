@@ -31,10 +31,10 @@ class PoTFakeQuantize(nn.Module):
         super().__init__()
         self.cfg, self.name = cfg, name
         if cfg.scale == "output":
-            raise ValueError(f"{name}: scale='output' needs calibration statistics; train with 'learned' instead")
+            raise ValueError("scale='output' needs calibration statistics; train with scale='learned' instead")
         self.enabled = True
+        scale = ops.compute_scale(weight, cfg)  # for all: refuses what cannot be quantized before training starts
         if cfg.scale == "learned":
-            scale = ops.compute_scale(weight, cfg)
             if cfg.granularity == "tensor":
                 scale = scale[:1, :1]
             self.log2_scale = nn.Parameter(scale.log2())

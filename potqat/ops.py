@@ -241,7 +241,7 @@ def _check_packed(where: str, packed: torch.Tensor, grid: str, n: int, k: int) -
 
 @torch.library.register_fake("potqat::compute_scale")
 def _(w, importance, grid, rounding, method, group_size, per_tensor):
-    groups = (w.shape[1] + group_size - 1) // group_size if group_size else 1
+    groups = torch.sym_max(1, (w.shape[1] + group_size - 1) // group_size) if group_size else 1
     return w.new_empty(groups, w.shape[0], dtype=torch.float32)
 
 

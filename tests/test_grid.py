@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import potqat
-from potqat import PoTConfig, _C, reference
+from potqat import _C, PoTConfig, reference
 
 GRIDS = ["pot4", "e2m1", "int4", "int8"]
 ROUNDINGS = ["nearest", "log", "paper"]
@@ -42,7 +42,9 @@ def test_unpacked_equals_fake_quantized_on_every_bfloat16(grid, rounding, granul
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(50257, 768), (65, 100), (1, 1), (7, 1), (16, 64), (17, 65), (0, 8), (33, 31)])
+@pytest.mark.parametrize(
+    "shape", [(50257, 768), (65, 100), (1, 1), (7, 1), (16, 64), (17, 65), (0, 8), (33, 31), (3, 0)]
+)
 @pytest.mark.parametrize(("grid", "granularity"), [("pot4", "channel"), ("pot4", 64), ("int8", "channel")])
 def test_shapes_and_dtypes(shape, dtype, grid, granularity):
     w = torch.randn(shape).to(dtype)
@@ -50,6 +52,7 @@ def test_shapes_and_dtypes(shape, dtype, grid, granularity):
     scale = potqat.compute_scale(w, cfg)
     packed = potqat.pack(w, scale, cfg)
     assert packed.shape == (-(-shape[0] // 16), -(-shape[1] // 64), 1024 if grid == "int8" else 512)
+    assert scale.shape == (cfg.groups(shape[1]), shape[0])
     fake = potqat.fake_quantize(w, scale, cfg)
     assert fake.shape == w.shape
     assert same_bits(potqat.unpack(packed, scale, cfg, shape).to(dtype), fake)

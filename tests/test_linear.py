@@ -58,9 +58,7 @@ def test_static_affine_activations_are_exact(isa, grid, granularity, zero_point)
     for m, n, k in [(1, 16, 64), (4, 33, 100), (70, 18, 130)]:
         packed, scale = make(n, k, cfg)
         x, bias, s_x = torch.randn(m, k) * 4, torch.randn(n), 0.03125
-        ours = potqat.linear(
-            x, packed, scale, bias, cfg, out_features=n, input_scale=s_x, input_zero_point=zero_point
-        )
+        ours = potqat.linear(x, packed, scale, bias, cfg, out_features=n, input_scale=s_x, input_zero_point=zero_point)
         assert torch.equal(ours, oracle(x, packed, scale, bias, cfg, n, s_x=s_x, zero_point=zero_point))
 
 
@@ -139,6 +137,14 @@ def test_a_row_that_is_not_finite_spoils_only_itself(isa, value):
     static = potqat.linear(x, packed, scale, None, cfg, out_features=20, input_scale=0.1, input_zero_point=3)
     assert static[1].isnan().all()
     assert static[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("granularity", ["channel", 32])
+def test_no_inputs_leave_the_bias(isa, granularity):
+    cfg = PoTConfig(granularity=granularity)
+    packed, scale = make(5, 0, cfg)
+    bias = torch.randn(5)
+    assert torch.equal(potqat.linear(torch.empty(2, 0), packed, scale, bias, cfg, out_features=5), bias.expand(2, 5))
 
 
 def test_empty_batches_zero_rows_and_views(isa):

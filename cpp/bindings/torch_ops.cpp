@@ -13,6 +13,25 @@
 
 #include "potqat.h"
 
+// A str argument. torch's own conversion to std::string (seen in torch 2.13) copies out of a heap string that it never
+// frees; at a few calls a layer a training run then loses gigabytes to the holes between those crumbs.
+struct Name : std::string {};
+
+template <>
+struct torch::stable::detail::ToImpl<Name> {
+  static Name call(StableIValue value, uint64_t, bool) {
+    const StringHandle handle = torch::stable::detail::to<StringHandle>(value);
+    size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    Name name;
+    name.assign(data, length);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return name;
+  }
+};
+
 namespace {
 
 using potqat::Matrix;
@@ -121,8 +140,8 @@ void run_parallel(int64_t count, int64_t grain, const potqat::Body& body) {
 
 Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-Tensor compute_scale(const Tensor& w, const std::optional<Tensor>& importance, const std::string& grid,
-                     const std::string& rounding, const std::string& method, int64_t group_size, bool per_tensor) {
+Tensor compute_scale(const Tensor& w, const std::optional<Tensor>& importance, const Name& grid, const Name& rounding,
+                     const Name& method, int64_t group_size, bool per_tensor) {
   const char* op = "compute_scale";
   const Matrix m = matrix(w, op);
   const Quantization q = quantization(grid, rounding, group_size, op);
@@ -144,8 +163,8 @@ Tensor compute_scale(const Tensor& w, const std::optional<Tensor>& importance, c
   return scale;
 }
 
-Tensor fake_quant(const Tensor& w, const Tensor& scale_, const std::string& grid, const std::string& rounding,
-                  int64_t group_size, bool /*clip: of the backward*/) {
+Tensor fake_quant(const Tensor& w, const Tensor& scale_, const Name& grid, const Name& rounding, int64_t group_size,
+                  bool /*clip: of the backward*/) {
   const char* op = "fake_quant";
   const Matrix m = matrix(w, op);
   const Quantization q = quantization(grid, rounding, group_size, op);
@@ -157,8 +176,8 @@ Tensor fake_quant(const Tensor& w, const Tensor& scale_, const std::string& grid
 }
 
 std::tuple<Tensor, Tensor> fake_quant_backward(const Tensor& grad, const Tensor& w, const Tensor& scale_,
-                                               const std::string& grid, const std::string& rounding, int64_t group_size,
-                                               bool clip, bool scale_grad) {
+                                               const Name& grid, const Name& rounding, int64_t group_size, bool clip,
+                                               bool scale_grad) {
   const char* op = "fake_quant_backward";
   const Matrix m = matrix(w, op), g = matrix(grad, op);
   const Quantization q = quantization(grid, rounding, group_size, op);
@@ -173,8 +192,7 @@ std::tuple<Tensor, Tensor> fake_quant_backward(const Tensor& grad, const Tensor&
   return {dw, dscale};
 }
 
-Tensor pack(const Tensor& w, const Tensor& scale_, const std::string& grid, const std::string& rounding,
-            int64_t group_size) {
+Tensor pack(const Tensor& w, const Tensor& scale_, const Name& grid, const Name& rounding, int64_t group_size) {
   const char* op = "pack";
   const Matrix m = matrix(w, op);
   const Quantization q = quantization(grid, rounding, group_size, op);
@@ -188,8 +206,7 @@ Tensor pack(const Tensor& w, const Tensor& scale_, const std::string& grid, cons
   return packed;
 }
 
-Tensor unpack(const Tensor& packed_, const Tensor& scale_, const std::string& grid, int64_t n, int64_t k,
-              int64_t group_size) {
+Tensor unpack(const Tensor& packed_, const Tensor& scale_, const Name& grid, int64_t n, int64_t k, int64_t group_size) {
   const char* op = "unpack";
   const Quantization q = quantization(grid, "nearest", group_size, op);
   check_packable(q, grid, op);
@@ -202,8 +219,8 @@ Tensor unpack(const Tensor& packed_, const Tensor& scale_, const std::string& gr
 }
 
 Tensor linear(const Tensor& x_, const Tensor& packed_, const Tensor& scale_, const std::optional<Tensor>& bias_,
-              const std::string& grid, int64_t n, int64_t group_size, const std::string& activations,
-              double input_scale, int64_t input_zero_point) {
+              const Name& grid, int64_t n, int64_t group_size, const Name& activations, double input_scale,
+              int64_t input_zero_point) {
   const char* op = "linear";
   check(x_.dim() >= 1, op, "x must have at least one dimension");
   const Tensor x = as_contiguous(x_), packed = as_contiguous(packed_), scale = as_contiguous(scale_);
@@ -246,7 +263,7 @@ Tensor linear(const Tensor& x_, const Tensor& packed_, const Tensor& scale_, con
   return out;
 }
 
-Tensor embedding(const Tensor& ids_, const Tensor& packed_, const Tensor& scale_, const std::string& grid, int64_t n,
+Tensor embedding(const Tensor& ids_, const Tensor& packed_, const Tensor& scale_, const Name& grid, int64_t n,
                  int64_t k, int64_t group_size) {
   const char* op = "embedding";
   const Quantization q = quantization(grid, "nearest", group_size, op);

@@ -10,7 +10,7 @@ namespace potqat {
 namespace {
 
 const KernelTable* const kTables[] = {
-    // best first
+// best first
 #ifdef POTQAT_X86
     &kAvx512VnniTable,
     &kAvx2Table,

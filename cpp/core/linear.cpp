@@ -24,38 +24,26 @@ struct Inputs {
   int32_t zero_point = 0;
 };
 
-// Round half to even without a library call, so that it vectorizes: adding 1.5 * 2^23 leaves no fraction bits.
-// The caller clamps to a few hundred first, far inside the range where this is exact.
-float round_half_even(float v) {
-  constexpr float kMagic = 12582912.0f;
-  return (v + kMagic) - kMagic;
-}
-
-float clamp(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
-
 // One token: x [k] -> q, returns s_x.
-float quantize_row(const Linear& a, const float* x, int8_t* q) {
+float quantize_row(const Linear& a, const KernelTable& table, const float* x, int8_t* q) {
   const float most = absmax(x, a.k);
   if (!std::isfinite(most)) {
     std::memset(q, 0, a.k);
     return std::numeric_limits<float>::quiet_NaN();
   }
   if (a.activations == Activations::kStatic) {
-    // Clamping before rounding equals clamping after it, the bounds being integers.
-    const float low = -128.0f - a.input_zero_point, high = 127.0f - a.input_zero_point;
-    for (int64_t j = 0; j < a.k; ++j) {
-      q[j] = static_cast<int8_t>(round_half_even(clamp(x[j] / a.input_scale, low, high)) + a.input_zero_point);
-    }
+    const int32_t zero_point = a.input_zero_point;
+    table.quantize(x, a.k, a.input_scale, -128.0f - zero_point, 127.0f - zero_point, zero_point, q);
     return a.input_scale;
   }
   const float scale = most == 0 ? 1.0f : std::fmax(most / 127.0f, std::numeric_limits<float>::min());
-  for (int64_t j = 0; j < a.k; ++j) q[j] = static_cast<int8_t>(round_half_even(clamp(x[j] / scale, -127, 127)));
+  table.quantize(x, a.k, scale, -127.0f, 127.0f, 0, q);
   return scale;
 }
 
-Inputs prepare(const Linear& a, int64_t groups, const ParallelFor& parallel) {
+Inputs prepare(const Linear& a, const KernelTable& table, int64_t groups, const ParallelFor& parallel) {
   Inputs in;
-  in.stride = (a.k + kTileInputs - 1) / kTileInputs * kTileInputs;
+  in.stride = std::max<int64_t>(1, (a.k + kTileInputs - 1) / kTileInputs) * kTileInputs;
   const bool quantized = a.activations != Activations::kFloat;
   const int64_t rows = a.m + (a.activations == Activations::kStatic);
   in.zero_point = a.activations == Activations::kStatic ? a.input_zero_point : 0;
@@ -80,7 +68,7 @@ Inputs prepare(const Linear& a, int64_t groups, const ParallelFor& parallel) {
                int8_t* q = in.q.data() + r * in.stride;
                if (r < a.m) {
                  load_row(x, r, row.data(), &col);
-                 in.scale[r] = quantize_row(a, row.data(), q);
+                 in.scale[r] = quantize_row(a, table, row.data(), q);
                }
                for_each_group(a.k, a.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
                  int32_t sum = 0;
@@ -100,7 +88,8 @@ class TileColumn {
 
   void run(int64_t n0) {
     const int64_t width = std::min(kTileOutputs, a_.n - n0);
-    const uint8_t* tiles = a_.packed + n0 / kTileOutputs * (in_.stride / kTileInputs) * tile_bytes(a_.q.grid);
+    const uint8_t* tiles =
+        a_.packed + n0 / kTileOutputs * ((a_.k + kTileInputs - 1) / kTileInputs) * tile_bytes(a_.q.grid);
     float bias[kTileOutputs] = {};
     if (a_.bias) std::memcpy(bias, a_.bias + n0, width * sizeof(float));
     for (int64_t r0 = 0; r0 < a_.m; r0 += kMaxTableRows) {
@@ -145,12 +134,7 @@ class TileColumn {
       dot(lines, line_count, group, first, a_.m, 1, level_sum);
       for (int64_t i = 0; i < rows * kTileOutputs; ++i) acc[i] -= in_.zero_point * level_sum[i % kTileOutputs];
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const float s_x = in_.scale[r0 + r];
-      for (int64_t c = 0; c < kTileOutputs; ++c) {
-        y[r * kTileOutputs + c] += static_cast<float>(acc[r * kTileOutputs + c]) * (s_x * scale[c]);
-      }
-    }
+    table_.add_scaled(acc, rows, in_.scale.data() + r0, scale, y);
   }
 
   void dot(const uint8_t* lines, int64_t line_count, int64_t group, int64_t first, int64_t row, int64_t rows,
@@ -186,7 +170,7 @@ Status linear(const Linear& a, const ParallelFor& parallel) {
     }
   }
   const int64_t groups = group_count(a.k, a.q.group_size);
-  const Inputs in = prepare(a, groups, parallel);
+  const Inputs in = prepare(a, *table, groups, parallel);
   const int64_t tile_work = std::max<int64_t>(1, a.m * in.stride * kTileOutputs);
   const int64_t columns = (a.n + kTileOutputs - 1) / kTileOutputs;
   parallel(columns, std::max<int64_t>(1, kMinThreadWork / tile_work), [&](int64_t begin, int64_t end) {

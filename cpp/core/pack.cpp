@@ -72,7 +72,7 @@ Status pack(const Matrix& w, const float* scale, const Quantization& q, uint8_t*
     std::vector<float> row(w.cols), level(w.cols);
     for (int64_t r = begin * kTileOutputs; r < end * kTileOutputs; ++r) {
       uint8_t* tiles = packed + r / kTileOutputs * column_bytes;
-      if (r % kTileOutputs == 0) std::memset(tiles, 0, column_bytes);
+      if (r % kTileOutputs == 0 && column_bytes) std::memset(tiles, 0, column_bytes);
       if (r >= w.rows) continue;
       int64_t col;
       if (!load_row(w, r, row.data(), &col)) return error.report({Status::Code::kNotFinite, r, col});

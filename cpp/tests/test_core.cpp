@@ -112,7 +112,7 @@ int main() {
     for (const int64_t group_size : {0, 32, 64, 96}) {
       for (const int64_t m : {1, 2, 7, 13, 65}) {
         for (const int64_t n : {1, 16, 33}) {
-          for (const int64_t k : {1, 63, 64, 65, 200}) {
+          for (const int64_t k : {0, 1, 63, 64, 65, 200}) {
             run({grid, m, n, k, group_size}, random);
             ++cases;
           }

@@ -5,6 +5,7 @@
 
 #include "kernel.h"
 
+#include "elementwise.inl"
 #include "float_lines.inl"
 
 namespace potqat {
@@ -87,6 +88,6 @@ bool supported() { return __builtin_cpu_supports("avx2"); }
 
 }  // namespace
 
-const KernelTable kAvx2Table = {"avx2", supported, dot4, dot8, dot4_float, dot8_float};
+const KernelTable kAvx2Table = {"avx2", supported, dot4, dot8, dot4_float, dot8_float, quantize, add_scaled};
 
 }  // namespace potqat

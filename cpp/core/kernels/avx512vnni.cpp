@@ -6,6 +6,7 @@
 
 #include "kernel.h"
 
+#include "elementwise.inl"
 #include "float_lines.inl"
 
 namespace potqat {
@@ -102,6 +103,7 @@ bool supported() {
 
 }  // namespace
 
-const KernelTable kAvx512VnniTable = {"avx512vnni", supported, dot4, dot8, dot4_float, dot8_float};
+const KernelTable kAvx512VnniTable = {"avx512vnni", supported,  dot4,     dot8,
+                                      dot4_float,   dot8_float, quantize, add_scaled};
 
 }  // namespace potqat

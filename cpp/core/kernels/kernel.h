@@ -7,7 +7,7 @@ namespace potqat {
 
 constexpr int kMaxTableRows = 64;  // rows of activations a caller passes at most
 
-// All functions work on one column of tiles (16 outputs) and a run of lines; see potqat.h for the layout.
+// The dot functions work on one column of tiles (16 outputs) and a run of lines; see potqat.h for the layout.
 // `levels` is the signed value of each nibble. acc is [m][16].
 struct KernelTable {
   const char* name;
@@ -22,6 +22,10 @@ struct KernelTable {
   void (*dot4_float)(const uint8_t* lines, int64_t line_count, const int8_t levels[16], const float* x,
                      int64_t x_stride, int64_t m, float* acc);
   void (*dot8_float)(const uint8_t* lines, int64_t line_count, const float* x, int64_t x_stride, int64_t m, float* acc);
+  // q = clamp(round-half-even(x / scale), low, high) + zero_point, for finite x.
+  void (*quantize)(const float* x, int64_t count, float scale, float low, float high, int32_t zero_point, int8_t* q);
+  // y[r][c] += float(acc[r][c]) * (s_x[r] * s_w[c]), every operation rounded.
+  void (*add_scaled)(const int32_t* acc, int64_t m, const float* s_x, const float s_w[16], float* y);
 };
 
 extern const KernelTable kScalarTable;

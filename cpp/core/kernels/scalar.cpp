@@ -1,6 +1,7 @@
 // The truth: shifts and adds, one weight at a time. Always built; every other table equals it bit for bit.
 #include "kernel.h"
 
+#include "elementwise.inl"
 #include "float_lines.inl"
 
 namespace potqat {
@@ -52,6 +53,6 @@ bool supported() { return true; }
 
 }  // namespace
 
-const KernelTable kScalarTable = {"scalar", supported, dot4, dot8, dot4_float, dot8_float};
+const KernelTable kScalarTable = {"scalar", supported, dot4, dot8, dot4_float, dot8_float, quantize, add_scaled};
 
 }  // namespace potqat
