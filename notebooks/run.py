@@ -24,7 +24,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).resolve().parent
-PROGRESS = re.compile(r"[^\n]*(?:it/s|s/it)[^\n]*\n?")  # a line of tqdm
+PROGRESS = re.compile(r"[^\n]*\[\d+:\d+(?::\d+)?[<,][^\n]*\n?")  # a line of tqdm
 TIMEOUT = 1800  # seconds a cell
 
 
