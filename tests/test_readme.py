@@ -20,3 +20,10 @@ def test_the_map_names_real_places():
     places = re.findall(r"^(\w[\w./]*)  ", README.split("## Map")[1].split("```")[1], re.M)
     assert len(places) >= 8
     assert not [place for place in places if not (ROOT / place).exists()]
+
+
+def test_the_results_are_those_of_the_committed_runs():
+    code = (ROOT / "benchmarks" / "readme.py").read_text(encoding="utf-8")
+    namespace = {"__file__": str(ROOT / "benchmarks" / "readme.py"), "__name__": "readme"}
+    exec(compile(code, "readme.py", "exec"), namespace)
+    assert namespace["with_results"](README) == README
