@@ -46,8 +46,8 @@ def results() -> str:
     lines += [
         "",
         "The papers report the last position of random windows, so their column is for orientation; a row without a "
-        "control of equal length would flatter itself by the training alone. This model is 128 channels wide, too small "
-        "for packed inference to pay in speed "
+        "control of equal length would flatter itself by the training alone. This model is 128 channels wide: too "
+        "small for packed inference to pay in speed "
         f"({rows['pot4-qat']['tokens_per_second']:,.0f} against {control['tokens_per_second']:,.0f} tokens/s in float "
         f"in the same run, {char['machine']['threads']} thread, {char['machine']['isa']}).",
         "",
