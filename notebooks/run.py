@@ -25,6 +25,7 @@ from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).resolve().parent
 PROGRESS = re.compile(r"[^\n]*\[\d+:\d+(?::\d+)?[<,][^\n]*\n?")  # a line of tqdm
+COLOR = re.compile(r"\x1b\[[0-9;]*m")  # IPython's in a traceback
 TIMEOUT = 1800  # seconds a cell
 
 
@@ -44,7 +45,7 @@ def main() -> int:
         try:
             notebook = execute(path)
         except (CellExecutionError, FileNotFoundError, ValueError) as error:
-            print(f"{path.name}: {error}", file=sys.stderr)
+            print(f"{path.name}: {COLOR.sub('', str(error))}", file=sys.stderr)
             return 1
         if not arguments.small:
             temporary = path.with_suffix(".tmp")
