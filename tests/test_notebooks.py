@@ -36,6 +36,7 @@ def test_committed_notebook_ran_from_top_to_bottom(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_outputs_hold_no_errors_warnings_or_machine_paths(path):
     for cell in code_cells(path):
+        assert not MACHINE_PATH.search("".join(cell["source"]))
         for output in cell["outputs"]:
             assert output["output_type"] != "error"
             assert output.get("name") != "stderr"
