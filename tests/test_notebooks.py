@@ -51,6 +51,10 @@ def test_committed_notebook_holds_nothing_that_changes_from_run_to_run(path):
     assert all(cell["metadata"] == {} for cell in notebook["cells"])
 
 
+def test_both_notebooks_are_there():
+    assert [path.name for path in NOTEBOOKS] == ["01_format.ipynb", "02_nanogpt_qat.ipynb"]
+
+
 # ---- run.py -------------------------------------------------------------------------------------------------
 
 
