@@ -30,7 +30,8 @@ class PoTConfig:
             size along the inputs, a multiple of 32 (the last group may be short).
         scale: ``"absmax"`` (top level = largest magnitude), ``"mse"`` (search for the least squared weight
             error), ``"output"`` (the same, weighted by activation statistics), ``"learned"`` (trained with the
-            LSQ gradient, started from ``scale_init``), ``"paper"`` (moving-average absmax floored at ``eps``).
+            LSQ gradient, started from ``scale_init``), ``"paper"`` (moving-average absmax floored at ``eps``; for
+            granularity ``"tensor"``).
         rounding: ``"nearest"`` (ties to the larger magnitude), ``"log"`` (nearest in the log domain),
             ``"paper"`` (to an integer first, then ``log``).
         activations: ``"int8"`` (per token, symmetric, dynamic) or None (float activations).
@@ -64,6 +65,11 @@ class PoTConfig:
             _check_grid("embedding_grid", self.embedding_grid)
         _check_granularity(self.granularity)
         _check_choice("scale", self.scale, SCALES)
+        if self.scale == "paper" and self.granularity != "tensor":
+            raise ValueError(
+                "PoTConfig: scale='paper' is one moving average a tensor: it needs granularity='tensor', "
+                f"got {self.granularity!r}"
+            )
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("activations", self.activations, ("int8", None))
         _check_choice("ste", self.ste, STES)

@@ -78,8 +78,9 @@ def convert_(model: nn.Module) -> Report:
     if not sites:
         raise ValueError("potqat.convert_: the model holds no QAT module; call prepare_qat_ first")
     _check_packable(sites)
+    report = _replace(model, sites, lambda site, weight: site.module.weight_fake_quant, packed=True)
     model.eval()
-    return _replace(model, sites, lambda site, weight: site.module.weight_fake_quant, packed=True)
+    return report
 
 
 def plan(model: nn.Module, cfg: PoTConfig) -> list[Site]:

@@ -36,6 +36,7 @@ def test_frozen():
         ({"granularity": True}, "got True"),
         ({"granularity": "row"}, "got 'row'"),
         ({"scale": "max"}, "scale must be one of 'absmax'"),
+        ({"scale": "paper"}, "needs granularity='tensor', got 'channel'"),
         ({"rounding": "floor"}, "rounding must be one of"),
         ({"activations": "int4"}, "activations must be one of 'int8', None"),
         ({"ste": "soft"}, "ste must be"),
