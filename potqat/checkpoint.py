@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import safetensors
@@ -64,10 +63,12 @@ def save(model: nn.Module, path: str | os.PathLike) -> int:
         "ties": json.dumps(ties),
     }
     # A reader never sees half a file: write beside it, then rename.
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
-        temporary = Path(part.name)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # by the user's umask; safetensors makes files that only the owner can read
     try:
         safetensors.torch.save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -29,6 +29,13 @@ def test_round_trip_is_exact(saved):
     assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
 
 
+def test_others_may_read_the_file_as_any_other(saved):
+    _, path = saved
+    plain = path.with_name("plain")
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_a_tied_weight_is_stored_once(saved):
     _, path = saved
     with safe_open(path, "pt") as file:
