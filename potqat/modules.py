@@ -1,4 +1,4 @@
-"""The modules that replace Linear and Embedding: QAT twins with a float master weight, and packed ones.
+"""The modules that replace Linear, Conv1D and Embedding: QAT twins with a float master weight, and packed ones.
 
 All are plain ``nn.Module``s with plain parameters and buffers, so state_dict, deepcopy, pickle and DDP work.
 """
@@ -28,6 +28,21 @@ class QATLinear(nn.Linear):
         return F.linear(x, self.weight_fake_quant(self.weight, self.observe), self.bias)
 
 
+class QATConv1D(nn.Module):
+    """Hugging Face's Conv1D (GPT-2), a Linear whose weight is stored [in_features, out_features], fake-quantized."""
+
+    def __init__(self, conv: nn.Module, weight_fake_quant: PoTFakeQuantize, observe: bool = True):
+        super().__init__()
+        self.nx, self.nf = conv.weight.shape
+        self.weight, self.bias = conv.weight, conv.bias
+        self.weight_fake_quant, self.observe = weight_fake_quant, observe
+        self.training = conv.training
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight_fake_quant(self.weight.t(), self.observe).t()
+        return torch.addmm(self.bias, x.reshape(-1, self.nx), weight).view(*x.shape[:-1], self.nf)
+
+
 class QATEmbedding(nn.Embedding):
     """Embedding whose table passes a PoTFakeQuantize; a tied head shares the Parameter and the fake quantizer."""
 
@@ -44,21 +59,27 @@ class QATEmbedding(nn.Embedding):
         return F.embedding(ids, self.weight_fake_quant(self.weight, self.observe), self.padding_idx)
 
 
-class _Packed(nn.Module):
-    """Buffers ``packed`` (uint8) and ``scale`` (float32 [G, N]); shape and format as attributes."""
+class Packed(nn.Module):
+    """What packed modules share: buffers ``packed`` (uint8) and ``scale`` (float32 [G, N]), and how to read them.
+
+    Attributes:
+        cfg: the PoTConfig of this weight.
+        shape: (out_features, in_features), or (num_embeddings, embedding_dim).
+        sqnr_db: error of quantization against the float weight, in dB; None if nobody measured it.
+    """
 
     def __init__(self, packed: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig, shape: tuple[int, int]):
         super().__init__()
-        self.cfg, self.shape = cfg, tuple(shape)
+        self.cfg, self.shape, self.sqnr_db = cfg, tuple(shape), None
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
 
     def _apply(self, fn, recurse=True):
         # .half(), .to(bfloat16): the model's floats change dtype, scales do not (a rounded scale moves every weight).
-        exact = self.scale
+        exact = self._buffers.get("scale")
         super()._apply(fn, recurse)
-        if self.scale.dtype != exact.dtype:
-            self.scale = exact.to(self.scale.device)
+        if exact is not None and self.scale.dtype != exact.dtype:
+            self._buffers["scale"] = exact.to(self.scale.device)
         return self
 
     def dequantize(self) -> torch.Tensor:
@@ -70,7 +91,7 @@ class _Packed(nn.Module):
         return f"{n} x {k}, grid={self.cfg.grid}, granularity={self.cfg.granularity}"
 
 
-class PackedLinear(_Packed):
+class PackedLinear(Packed):
     """Inference Linear on packed weights: ``potqat.linear``.
 
     Shapes: x [..., in_features] -> [..., out_features], in x's dtype; cfg.activations chooses int8 or float.
@@ -78,6 +99,9 @@ class PackedLinear(_Packed):
 
     def __init__(self, packed, scale, bias, cfg, shape):
         super().__init__(packed, scale, cfg, shape)
+        self._set_bias(bias)
+
+    def _set_bias(self, bias: torch.Tensor | None) -> None:
         self.out_features, self.in_features = self.shape
         self.register_buffer("bias", None if bias is None else bias.detach())
 
@@ -85,7 +109,7 @@ class PackedLinear(_Packed):
         return ops.linear(x, self.packed, self.scale, self.bias, self.cfg, out_features=self.out_features)
 
 
-class PackedEmbedding(_Packed):
+class PackedEmbedding(Packed):
     """Inference Embedding on a packed table: ``potqat.embedding``, cast to the float table's dtype.
 
     Shapes: ids [...] -> [..., embedding_dim].
@@ -93,6 +117,9 @@ class PackedEmbedding(_Packed):
 
     def __init__(self, packed, scale, cfg, shape, dtype=torch.float32):
         super().__init__(packed, scale, cfg, shape)
+        self._set_dtype(dtype)
+
+    def _set_dtype(self, dtype: torch.dtype) -> None:
         self.num_embeddings, self.embedding_dim = self.shape
         # An empty buffer follows .half() and .to(bfloat16) as the float table did.
         self.register_buffer("_dtype", torch.empty(0, dtype=dtype), persistent=False)
@@ -103,3 +130,41 @@ class PackedEmbedding(_Packed):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return ops.embedding(ids, self.packed, self.scale, self.cfg, shape=self.shape).to(self.dtype)
+
+
+class _Tied:
+    """A module whose weight is that of another packed module, its ``owner``: it holds no codes, so a state_dict, and a
+    file, has them once."""
+
+    def _tie(self, owner: Packed, cfg: PoTConfig) -> None:
+        nn.Module.__init__(self)
+        self.cfg, self.shape, self.sqnr_db = cfg, owner.shape, owner.sqnr_db
+        self._owner = (owner,)  # in a tuple: not a submodule, which state_dict would list a second time
+
+    @property
+    def owner(self) -> Packed:
+        return self._owner[0]
+
+    @property
+    def packed(self) -> torch.Tensor:
+        return self.owner.packed
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self.owner.scale
+
+
+class TiedLinear(_Tied, PackedLinear):
+    """A PackedLinear, mostly a model's head, on the weight of its ``owner``, mostly the token embedding."""
+
+    def __init__(self, owner: Packed, bias: torch.Tensor | None, cfg: PoTConfig):
+        self._tie(owner, cfg)
+        self._set_bias(bias)
+
+
+class TiedEmbedding(_Tied, PackedEmbedding):
+    """A PackedEmbedding on the weight of its ``owner``."""
+
+    def __init__(self, owner: Packed, cfg: PoTConfig, dtype: torch.dtype = torch.float32):
+        self._tie(owner, cfg)
+        self._set_dtype(dtype)

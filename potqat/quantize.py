@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from potqat import ops
 from potqat.config import PoTConfig, matches
 from potqat.fake_quant import PoTFakeQuantize
-from potqat.modules import PackedEmbedding, PackedLinear, QATEmbedding, QATLinear
+from potqat.modules import (
+    Packed,
+    PackedEmbedding,
+    PackedLinear,
+    QATConv1D,
+    QATEmbedding,
+    QATLinear,
+    TiedEmbedding,
+    TiedLinear,
+)
 from potqat.report import Entry, Report
 
 KINDS = {nn.Linear: "linear", nn.Embedding: "embedding"}
+TWINS = {"linear": QATLinear, "conv1d": QATConv1D, "embedding": QATEmbedding}
 
 
 @dataclass(frozen=True)
 class Site:
-    """One module that holds a quantizable weight. ``cfg`` None: left float, ``reason`` says why."""
+    """One module that holds a quantizable weight. ``cfg`` None: left float, ``reason`` says why.
+
+    ``kind`` is "linear", "conv1d" (Hugging Face's Conv1D: a Linear with its weight stored [K, N]) or "embedding".
+    """
 
     name: str
     module: nn.Module
@@ -28,9 +43,24 @@ class Site:
     cfg: PoTConfig | None
     reason: str = ""
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """[N, K], as the packer sees it."""
+        return self.module.weight.t() if self.kind == "conv1d" else self.module.weight
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of a module that holds a quantizable weight, or None. (Conv1D is told by name: most users of potqat
+    have no reason to import transformers.)"""
+    if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return "conv1d"
+    return next((kind for cls, kind in KINDS.items() if isinstance(module, cls)), None)
+
 
 def quantize_(model: nn.Module, cfg: PoTConfig) -> Report:
-    """Post-training quantization: replace every Linear and Embedding by its packed form, in place.
+    """Post-training quantization: replace every Linear, Conv1D (GPT-2) and Embedding by its packed form, in place.
+
+    A Hugging Face model stays one: ``generate`` and ``save_pretrained`` work as before.
 
     Args:
         model: any float module on the CPU; tied weights (one Parameter in an embedding and a head) are packed once
@@ -46,11 +76,13 @@ def quantize_(model: nn.Module, cfg: PoTConfig) -> Report:
     """
     sites = plan(model, cfg)
     _check_packable(sites)
-    return _replace(model, sites, lambda site, weight: PoTFakeQuantize(weight, site.cfg, site.name), packed=True)
+    report = _replace(model, sites, _fake_quant, packed=True)
+    _tell_transformers(model)
+    return report
 
 
 def prepare_qat_(model: nn.Module, cfg: PoTConfig) -> Report:
-    """Eager QAT: replace every Linear and Embedding by a twin that fake-quantizes its weight, in place.
+    """Eager QAT: replace every Linear, Conv1D and Embedding by a twin that fake-quantizes its weight, in place.
 
     Parameters keep their identity (an optimizer made before stays valid, except for learned scales, which are new
     parameters named ``*.weight_fake_quant.log2_scale``). Train as before, then ``convert_``.
@@ -59,7 +91,7 @@ def prepare_qat_(model: nn.Module, cfg: PoTConfig) -> Report:
         ValueError: as ``quantize_``; any grid is allowed.
     """
     sites = plan(model, cfg)
-    return _replace(model, sites, lambda site, weight: PoTFakeQuantize(weight, site.cfg, site.name), packed=False)
+    return _replace(model, sites, _fake_quant, packed=False)
 
 
 def convert_(model: nn.Module) -> Report:
@@ -70,15 +102,17 @@ def convert_(model: nn.Module) -> Report:
     Raises:
         ValueError: the model holds no QAT module, or one on a grid without a packed form. The model is untouched.
     """
+    kinds = {twin: kind for kind, twin in TWINS.items()}
     sites = [
-        Site(name, module, "linear" if isinstance(module, QATLinear) else "embedding", module.weight_fake_quant.cfg)
+        Site(name, module, kinds[type(module)], module.weight_fake_quant.cfg)
         for name, module in model.named_modules()
-        if isinstance(module, QATLinear | QATEmbedding)
+        if type(module) in kinds
     ]
     if not sites:
         raise ValueError("potqat.convert_: the model holds no QAT module; call prepare_qat_ first")
     _check_packable(sites)
-    report = _replace(model, sites, lambda site, weight: site.module.weight_fake_quant, packed=True)
+    report = _replace(model, sites, lambda site: site.module.weight_fake_quant, packed=True)
+    _tell_transformers(model)
     model.eval()
     return report
 
@@ -89,22 +123,32 @@ def plan(model: nn.Module, cfg: PoTConfig) -> list[Site]:
     Raises:
         ValueError: nothing to quantize, or a ``skip`` or ``overrides`` pattern that matches none of them.
     """
-    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, tuple(KINDS))]
-    check_patterns(cfg, [name for name, _ in modules])
-    tables = {id(m.weight): name for name, m in modules if isinstance(m, nn.Embedding)}
-    sites = [_site(name, module, cfg, tables.get(id(module.weight))) for name, module in modules]
+    if kind_of(model):
+        raise ValueError(f"potqat: a bare {type(model).__name__} cannot be replaced in place; put it in a module")
+    modules = [(name, m, kind) for name, m in model.named_modules() if (kind := kind_of(m))]
+    check_patterns(cfg, [name for name, *_ in modules])
+    tables = {id(m.weight): name for name, m, kind in modules if kind == "embedding"}
+    # A weight that is stored [K, N] here and [N, K] there cannot be packed for both.
+    transposed = {id(m.weight): name for name, m, kind in modules if kind == "conv1d"}
+    sites = []
+    for name, module, kind in modules:
+        other = transposed.get(id(module.weight)) if kind != "conv1d" else None
+        sites.append(_site(name, module, kind, cfg, tables.get(id(module.weight)), other))
     if not any(site.cfg for site in sites):
-        why = "; ".join(f"{s.name}: {s.reason}" for s in sites[:4]) or "it has no Linear or Embedding"
+        why = "; ".join(f"{s.name}: {s.reason}" for s in sites[:4]) or "it has no Linear, Conv1D or Embedding"
         raise ValueError(f"potqat: nothing to quantize in {type(model).__name__} ({why})")
     return sites
 
 
-def _site(name: str, module: nn.Module, cfg: PoTConfig, table: str | None) -> Site:
-    kind = next(kind for cls, kind in KINDS.items() if isinstance(module, cls))
-    if type(module) not in KINDS:
+def _site(
+    name: str, module: nn.Module, kind: str, cfg: PoTConfig, table: str | None, transposed: str | None
+) -> Site:
+    if kind != "conv1d" and type(module) not in KINDS:
         return Site(name, module, kind, None, f"{type(module).__name__} is a subclass with its own use of the weight")
     if kind == "embedding" and module.max_norm is not None:
         return Site(name, module, kind, None, "max_norm rewrites the table at each lookup")
+    if transposed:
+        return Site(name, module, kind, None, f"tied to {transposed}, which uses the weight transposed")
     return Site(name, module, kind, *resolve(name, cfg, table))
 
 
@@ -137,58 +181,102 @@ def _check_packable(sites: list[Site]) -> None:
 
 
 def _replace(
-    model: nn.Module, sites: list[Site], fake_quant_of: Callable[[Site, torch.Tensor], PoTFakeQuantize], packed: bool
+    model: nn.Module, sites: list[Site], fake_quant_of: Callable[[Site], PoTFakeQuantize], packed: bool
 ) -> Report:
     """Build every replacement first (all errors come here), then put them in."""
-    report, made, replacements, counted = Report(), {}, {}, set()
-    for site in sites:
-        weight = site.module.weight
-        before = 0 if id(weight) in counted else weight.numel() * weight.element_size()
-        counted.add(id(weight))
-        entry = {"name": site.name, "kind": site.kind, "shape": tuple(weight.shape), "bytes_before": before}
+    report, replacements, owners = Report(), {}, {}
+    counted: set[int] = set()
+    for site in tqdm(sites, "pack" if packed else "prepare", delay=2, leave=False, unit="layer"):
+        parameter, weight = site.module.weight, site.weight.detach()
+        size = 0 if id(parameter) in counted else weight.numel() * weight.element_size()
+        counted.add(id(parameter))
+        entry = {"name": site.name, "kind": site.kind, "shape": tuple(weight.shape), "bytes_before": size}
         if site.cfg is None:
-            report.entries.append(Entry(**entry, action="skipped", reason=site.reason, bytes_after=before))
+            report.entries.append(Entry(**entry, action="skipped", reason=site.reason, bytes_after=size))
             continue
-        first = id(weight) not in made
+        owner = owners.get(id(parameter))
         try:
-            if first:
-                fake_quant = fake_quant_of(site, weight)
-                made[id(weight)] = fake_quant, fake_quant.pack(weight) if packed else (None, None)
-            fake_quant, (codes, scale) = made[id(weight)]
-            with torch.no_grad():
-                w_hat = ops.fake_quantize(weight, fake_quant.scale(weight), fake_quant.cfg)
+            new = _packed(site, owner, fake_quant_of) if packed else _twin(site, owner, fake_quant_of)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
-        replacements[site.name] = _replacement(site, fake_quant, first, codes, scale)
-        after = codes.numel() + 4 * scale.numel() if packed and first else 0 if packed else before
+        replacements[id(site.module)] = new.train(site.module.training)
+        owners.setdefault(id(parameter), new)
+        after = size
+        if packed:
+            after = 0 if owner else new.packed.numel() + new.scale.numel() * new.scale.element_size()
+        cfg, error = (new.cfg, new.sqnr_db) if packed else (new.weight_fake_quant.cfg, _error(site, new))
         report.entries.append(
-            Entry(**entry, action="quantized", reason="" if first else "tied: packed once", grid=fake_quant.cfg.grid,
-                  granularity=fake_quant.cfg.granularity, bytes_after=after, sqnr_db=sqnr_db(weight, w_hat))
+            Entry(**entry, action="quantized", reason="tied: packed once" if owner else "", grid=cfg.grid,
+                  granularity=cfg.granularity, bytes_after=after, sqnr_db=error)
         )  # fmt: skip
     for site in sites:
-        if site.cfg is None and id(site.module.weight) in made:
+        if site.cfg is None and id(site.module.weight) in owners:
             report.notes.append(f"{site.name} is tied to a quantized weight but was skipped: its float copy stays")
-    for name, module in replacements.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
+    report.entries += _left_float(model, counted)
+    # One module under two names is replaced under both.
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in replacements:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, replacements[id(module)])
     return report
 
 
-def _replacement(site, fake_quant, first, codes, scale) -> nn.Module:
-    module = site.module
-    if codes is None:
-        twin = QATLinear if site.kind == "linear" else QATEmbedding
-        return twin(module, fake_quant, observe=first)
-    shape = tuple(module.weight.shape)
-    if site.kind == "linear":
-        new = PackedLinear(codes, scale, module.bias, fake_quant.cfg, shape)
+def _fake_quant(site: Site) -> PoTFakeQuantize:
+    return PoTFakeQuantize(site.weight, site.cfg, site.name)
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    """Give a Hugging Face model its quantizer, which save_pretrained asks how to write it."""
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        from potqat import hf
+
+        hf.attach(model)
+
+
+def _packed(site: Site, owner: Packed | None, fake_quant_of: Callable[[Site], PoTFakeQuantize]) -> Packed:
+    embedding, bias = site.kind == "embedding", getattr(site.module, "bias", None)
+    if owner is not None:
+        return TiedEmbedding(owner, owner.cfg, site.weight.dtype) if embedding else TiedLinear(owner, bias, owner.cfg)
+    fake_quant, weight = fake_quant_of(site), site.weight.detach()
+    codes, scale = fake_quant.pack(weight)
+    if embedding:
+        new = PackedEmbedding(codes, scale, fake_quant.cfg, weight.shape, weight.dtype)
     else:
-        new = PackedEmbedding(codes, scale, fake_quant.cfg, shape, module.weight.dtype)
-    return new.train(module.training)
+        new = PackedLinear(codes, scale, bias, fake_quant.cfg, weight.shape)
+    new.sqnr_db = sqnr_db(weight, new.dequantize())
+    return new
+
+
+def _twin(site: Site, owner: nn.Module | None, fake_quant_of: Callable[[Site], PoTFakeQuantize]) -> nn.Module:
+    fake_quant = owner.weight_fake_quant if owner is not None else fake_quant_of(site)
+    return TWINS[site.kind](site.module, fake_quant, observe=owner is None)
+
+
+def _error(site: Site, twin: nn.Module) -> float:
+    fake_quant, weight = twin.weight_fake_quant, site.weight.detach()
+    with torch.no_grad():
+        return sqnr_db(weight, ops.fake_quantize(weight, fake_quant.scale(weight), fake_quant.cfg))
+
+
+def _left_float(model: nn.Module, counted: set[int]) -> list[Entry]:
+    """Entries of the float Parameters with two or more dimensions that no site holds."""
+    entries = []
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 2 and parameter.is_floating_point() and id(parameter) not in counted:
+                counted.add(id(parameter))
+                size = parameter.numel() * parameter.element_size()
+                name = f"{path}.{leaf}".removeprefix(".")
+                entries.append(
+                    Entry(name, "parameter", tuple(parameter.shape), "skipped",
+                          f"{type(module).__name__} has no packed form", bytes_before=size, bytes_after=size)
+                )  # fmt: skip
+    return entries
 
 
 def sqnr_db(w: torch.Tensor, w_hat: torch.Tensor) -> float:
     """Signal to quantization noise, 10 log10(sum w^2 / sum (w - w_hat)^2), in dB; inf if exact."""
-    w, w_hat = w.detach().double(), w_hat.detach().double()
-    noise = (w - w_hat).square().sum().item()
-    return 10 * math.log10(w.square().sum().item() / noise) if noise else math.inf
+    w, w_hat = w.detach().float(), w_hat.detach().float()
+    signal, noise = (t.square_().sum(dtype=torch.float64).item() for t in (w.clone(), w - w_hat))
+    return 10 * math.log10(signal / noise) if noise else math.inf
