@@ -1,55 +1,20 @@
-"""The ``potqat`` command. A verb is one ``_add_*`` function and one ``_run_*`` function.
-
-Results go to stdout, progress and errors to stderr. Exit: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
-"""
+"""``potqat demo`` and ``potqat train``: the papers' character-level experiment, short and at full length."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import sys
-from collections.abc import Sequence
 
 import torch
 
-import potqat
+from potqat.cli.errors import Stopped, Usage
 from potqat.flows.experiment import ARMS, PRESETS, Experiment
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (``sys.argv[1:]`` by default); returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="potqat", description="Language-model weights as signed powers of two in 4 bits.",
-        epilog="example: potqat demo", formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"potqat {potqat.__version__}")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+def add(verbs) -> None:
     _add_demo(verbs)
     _add_train(verbs)
-    try:
-        arguments = parser.parse_args(argv)
-        return arguments.run(arguments)
-    except SystemExit as stop:  # argparse: 0 after --help, 2 after a usage error
-        return stop.code
-    except _Usage as error:
-        return _fail(error, 2)
-    except (ValueError, OSError) as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("stopped", 130)
-
-
-class _Usage(Exception):
-    """Arguments that parse but do not make sense together."""
-
-
-def _fail(error: object, status: int) -> int:
-    print(f"potqat: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
-
-
-# ---- demo and train: the character-level experiment ---------------------------------------------------------
 
 
 def _add_demo(verbs) -> None:
@@ -61,7 +26,7 @@ def _add_demo(verbs) -> None:
         f"with float and int4: {preset.total_iterations:,} iterations an arm, at most 5 minutes on 2 cores.",
         epilog="example: potqat demo --data my.txt --out my-demo",
     )
-    _add_experiment(parser, "demo")
+    _add_common(parser, "demo")
 
 
 def _add_train(verbs) -> None:
@@ -73,7 +38,7 @@ def _add_train(verbs) -> None:
         f"{preset.float_iterations:,} iterations in float, then every arm to {preset.total_iterations:,}.",
         epilog="example: potqat train --data shakespeare.txt --out shakespeare --arms int4,pot4",
     )
-    _add_experiment(parser, "train")
+    _add_common(parser, "train")
     for name, what in (
         ("layers", "transformer blocks"),
         ("heads", "attention heads"),
@@ -93,9 +58,9 @@ def _add_train(verbs) -> None:
     )  # fmt: skip
 
 
-def _add_experiment(parser: argparse.ArgumentParser, verb: str) -> None:
+def _add_common(parser: argparse.ArgumentParser, verb: str) -> None:
     preset = PRESETS[verb]
-    parser.set_defaults(run=lambda arguments: _run_experiment(preset, arguments))
+    parser.set_defaults(run=lambda arguments: _run(preset, arguments))
     parser.add_argument("--data", metavar="FILE", help="text to train on, UTF-8 (default: Python's own language help)")
     parser.add_argument(
         "--out", metavar="DIR", default=f"potqat-{verb}",
@@ -116,7 +81,7 @@ def _add_experiment(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("--json", action="store_true", help="print metrics as JSON instead of the table")
 
 
-def _run_experiment(preset: Experiment, arguments: argparse.Namespace) -> int:
+def _run(preset: Experiment, arguments: argparse.Namespace) -> int:
     from potqat.flows import nanogpt
     from potqat.flows.trainer import Interrupted
 
@@ -124,9 +89,9 @@ def _run_experiment(preset: Experiment, arguments: argparse.Namespace) -> int:
     try:
         experiment = dataclasses.replace(preset, **given)
     except ValueError as error:
-        raise _Usage(error) from None
+        raise Usage(error) from None
     if arguments.threads is not None and arguments.threads < 1:
-        raise _Usage(f"--threads must be at least 1, got {arguments.threads}")
+        raise Usage(f"--threads must be at least 1, got {arguments.threads}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
     if arguments.threads is not None:
@@ -134,7 +99,7 @@ def _run_experiment(preset: Experiment, arguments: argparse.Namespace) -> int:
     try:
         metrics = nanogpt.run(experiment, arguments.out, arguments.data)
     except Interrupted as stop:
-        return _fail(f"{stop}; the state is in {arguments.out}: run the same command again to go on", 130)
+        raise Stopped(f"{stop}; the state is in {arguments.out}: run the same command again to go on") from None
     if arguments.json:
         print(json.dumps(metrics))
     else:
