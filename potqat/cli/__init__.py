@@ -12,13 +12,14 @@ its module and name it in ``VERBS``.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 import potqat
-from potqat.cli import errors, experiment
+from potqat.cli import doctor, errors, experiment
 
-VERBS = (experiment,)  # in the order of --help
+VERBS = (experiment, doctor)  # in the order of --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,13 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add(verbs)
     try:
         arguments = parser.parse_args(argv)
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a usage error
         return stop.code
     except errors.Usage as error:
         return _fail(error, 2)
     except errors.Stopped as stop:
         return _fail(stop, 130)
+    except BrokenPipeError:  # who read our output has read enough: potqat inspect DIR | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+        return 1
     except (ValueError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
