@@ -1,148 +1,189 @@
-"""save and load: one safetensors file that holds the packed weights, the rest of the model, and how to read them.
+"""save and load: a folder in Hugging Face's layout that holds a packed model.
 
-File format, version 1. The header's metadata holds ``format`` = "potqat", ``format_version`` = "1" and ``modules``,
-a JSON object: module path -> {"kind": "linear" | "embedding", "shape": [N, K], "dtype": of the float table,
-"config": PoTConfig.to_dict()}. Tensors: ``<path>.packed`` (uint8, layout of cpp/core/potqat.h), ``<path>.scale``
-(float32 [G, N]), ``<path>.bias``, and every other parameter and buffer under its own name. A tensor that two names
-share is stored once, and ``ties`` (JSON: name -> stored name) says so.
+``config.json`` holds the architecture (of a Hugging Face model, or of one whose ``config`` is a dataclass) and
+``quantization_config`` (manifest.py specifies it). ``model.safetensors``, or the shards that
+``model.safetensors.index.json`` names, hold the tensors: ``<path>.packed`` (uint8, layout of cpp/core/potqat.h),
+``<path>.scale`` (float32 [G, N]) and ``<path>.bias`` of each packed module, and every other parameter and buffer under
+its own name. What two names share is stored once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import sys
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
-from potqat import ops
-from potqat.config import PoTConfig
-from potqat.modules import PackedEmbedding, PackedLinear
+from potqat import _C, container, manifest, modules, reference
+from potqat.container import PoTFormatError, Stored
+from potqat.modules import Packed, Tied
 
-FORMAT, FORMAT_VERSION = "potqat", "1"
-
-
-class PoTFormatError(ValueError):
-    """A file that is not a potqat checkpoint, or one that cannot be trusted; names the file and the reason."""
+CONFIG = "config.json"
 
 
-def save(model: nn.Module, path: str | os.PathLike) -> int:
-    """Write a model with packed modules to one file, atomically; returns its size in bytes.
+def save(model: nn.Module, folder: str | os.PathLike) -> int:
+    """Write a model with packed modules to a folder, made if needed; returns the bytes of its two files.
+
+    Each file is written beside its place and renamed. Other files in the folder (a tokenizer's) stay.
 
     Raises:
         ValueError: the model holds no packed module.
+        FileExistsError: ``folder`` is a file, or holds the shards of another checkpoint.
     """
-    path = Path(path)
-    modules = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PackedLinear | PackedEmbedding):
-            linear = isinstance(module, PackedLinear)
-            modules[name] = {
-                "kind": "linear" if linear else "embedding",
-                "shape": list(module.shape),
-                "dtype": None if linear else str(module.dtype).removeprefix("torch."),
-                "config": module.cfg.to_dict(),
-            }
-    if not modules:
+    folder = Path(folder)
+    config = _architecture(model) | {"quantization_config": manifest.describe(model)}
+    if not config["quantization_config"]["modules"]:
         raise ValueError(f"potqat.save: {type(model).__name__} holds no packed module; quantize_ or convert_ it first")
-    tensors, ties, stored = {}, {}, {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and key in stored:
-            ties[name] = stored[key]
-        else:
-            stored[key] = name
-            tensors[name] = tensor.detach().contiguous()
-    metadata = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "modules": json.dumps(modules),
-        "ties": json.dumps(ties),
-    }
-    # A reader never sees half a file: write beside it, then rename.
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"potqat.save: {folder} is a file; name a folder")
+    if (folder / container.INDEX).exists():
+        raise FileExistsError(f"potqat.save: {folder} holds the shards of another checkpoint; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = distinct_tensors(model)
+    write(folder / container.WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path, {"format": "pt"}))
+    write(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"))
+    if getattr(model, "generation_config", None) is not None:  # how a Hugging Face model samples
+        model.generation_config.save_pretrained(folder)
+    return sum((folder / name).stat().st_size for name in (CONFIG, container.WEIGHTS))
+
+
+def write(path: Path, make) -> None:
+    """Let ``make`` write a file beside ``path``, then rename it: a reader never sees half a file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     temporary.touch()
     mode = temporary.stat().st_mode  # by the user's umask; safetensors makes files that only the owner can read
     try:
-        safetensors.torch.save_file(tensors, temporary, metadata)
+        make(temporary)
         temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path.stat().st_size
 
 
-def load(path: str | os.PathLike, model: nn.Module) -> nn.Module:
+def distinct_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state_dict, contiguous, without the second names of tensors that are shared."""
+    tensors, stored = {}, set()
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if not tensor.numel() or key not in stored:
+            stored.add(key)
+            tensors[name] = tensor.detach().contiguous()
+    return tensors
+
+
+def _architecture(model: nn.Module) -> dict[str, Any]:
+    """What config.json says of the model itself; empty if the model has no ``config`` that can be written."""
+    config = getattr(model, "config", None)
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        return json.loads(config.to_json_string()) | {"architectures": [type(model).__name__]}
+    if dataclasses.is_dataclass(config):
+        return {"model_type": type(model).__name__.lower(), **dataclasses.asdict(config)}
+    return {}
+
+
+def load(folder: str | os.PathLike, model: nn.Module) -> nn.Module:
     """Turn a float model of the same architecture into the saved packed one, in place; returns it.
 
-    Packed weights are memory-mapped: nothing is repacked or held twice.
+    Tensors are memory-mapped, not copied: the file must stay as long as the model is used. The model's own weights are
+    dropped, so it may be built on the meta device, where they take no memory.
 
     Raises:
-        FileNotFoundError: no such file.
-        PoTFormatError: not a potqat file, an unknown version, or tensors that do not fit the model. The model is
-            untouched then.
+        FileNotFoundError: no such folder, or no checkpoint in it.
+        PoTFormatError: files that are not potqat's, damaged, or do not fit the model. The model is untouched then, and
+            nothing large was allocated.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"potqat.load: no file {path}")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise PoTFormatError(f"{path}: not a potqat checkpoint (its metadata has no format={FORMAT!r})")
-            if metadata.get("format_version") != FORMAT_VERSION:
-                raise PoTFormatError(
-                    f"{path}: format version {metadata.get('format_version')!r}; this potqat reads {FORMAT_VERSION!r}"
-                )
-            modules, ties = json.loads(metadata["modules"]), json.loads(metadata["ties"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        tensors |= {name: tensors[stored] for name, stored in ties.items()}
-        replacements = {name: _packed_module(name, fields, tensors) for name, fields in modules.items()}
-    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, ValueError) as error:
-        if isinstance(error, PoTFormatError):
-            raise
-        raise PoTFormatError(f"{path}: {type(error).__name__}: {error}") from None
-    _check_fit(path, model, replacements, tensors)
-    for name, module in replacements.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module.train(model.training))
-    model.load_state_dict(tensors, assign=True)
+    folder = Path(folder)
+    specs = manifest.parse(read_config(folder).get("quantization_config"), str(folder / CONFIG))
+    stored = container.open_folder(folder)
+    packed = manifest.build(model, specs, str(folder / CONFIG))
+    names = _check_fit(folder, model, packed, stored)
+    tensors = container.map_tensors(stored)
+    check_values(packed, stored, tensors)
+    modules.replace(model, {model.get_submodule(name): module for name, module in packed.items()})
+    model.load_state_dict({name: tensors[source] for name, source in names.items()}, assign=True)
+    for name, source in names.items():
+        if name != source:  # assign makes two Parameters of one: the names that shared it share it again
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, attrgetter(source)(model))
     return model
 
 
-def _packed_module(name: str, fields: dict, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    cfg, shape = PoTConfig.from_dict(fields["config"]), tuple(fields["shape"])
-    packed, scale = tensors[f"{name}.packed"], tensors[f"{name}.scale"]
-    ops.unpack(packed, scale, cfg, shape)  # refuses wrong shapes and dtypes, bad scales and codes
-    if fields["kind"] == "linear":
-        return PackedLinear(packed, scale, tensors.get(f"{name}.bias"), cfg, shape)
-    return PackedEmbedding(packed, scale, cfg, shape, getattr(torch, fields["dtype"]))
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        PoTFormatError: it is not a JSON object.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"potqat: no file {path}; a saved model is a folder with {CONFIG} and {container.WEIGHTS}"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise PoTFormatError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise PoTFormatError(f"{path}: must be a JSON object, got {type(config).__name__}")
+    return config
 
 
-def _check_fit(path: Path, model: nn.Module, replacements: dict[str, nn.Module], tensors: dict) -> None:
-    """The model with its modules replaced must want exactly the file's tensors, shape by shape."""
-    inside = tuple(f"{name}." for name in replacements)
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if not name.startswith(inside)}
-    for name, module in replacements.items():
+def _check_fit(folder: Path, model: nn.Module, packed: dict[str, Packed], stored: dict[str, Stored]) -> dict[str, str]:
+    """The model with its modules replaced must want exactly the stored tensors, by name, shape and dtype.
+
+    Returns:
+        the names of its state_dict -> the stored name, another one where two names share a tensor.
+    """
+    inside = tuple(f"{name}." for name in packed)
+    wanted = {name: t for name, t in model.state_dict(keep_vars=True).items() if not name.startswith(inside)}
+    for name, module in packed.items():
+        wanted |= {f"{name}.{key}": t for key, t in module.state_dict(keep_vars=True).items()}
+    sources = {id(t): name for name, t in wanted.items() if name in stored}
+    names = {name: sources.get(id(t), name) for name, t in wanted.items()}
+    for name in sorted(names.keys() | stored.keys()):
+        tensor, found = wanted.get(name), stored.get(names.get(name, name))
+        if found is None:
+            raise PoTFormatError(f"{folder}: {name}: missing; the model wants {list(tensor.shape)}")
+        if tensor is None:
+            raise PoTFormatError(f"{found.file}: {name}: this {type(model).__name__} has no such tensor")
+        if found.shape != tuple(tensor.shape):
+            shapes = f"{list(found.shape)} in the file, {list(tensor.shape)} in the model"
+            raise PoTFormatError(f"{found.file}: {name} is {shapes}")
+        # Floats may have any width (a model in bfloat16), scales may not.
+        dtype, free = container.DTYPES[found.dtype], tensor.is_floating_point() and not name.endswith(".scale")
+        if dtype != tensor.dtype and not (free and dtype.is_floating_point):
+            raise PoTFormatError(f"{found.file}: {name}: dtype is {found.dtype}, the model wants {tensor.dtype}")
+    return names
+
+
+def check_values(packed: dict[str, Packed], stored: dict[str, Stored], tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse codes that no packer writes, and scales that are not positive and finite; allocates nothing large.
+
+    Raises:
+        PoTFormatError: names the file, the tensor and the place in it.
+    """
+    for name, module in packed.items():
+        if isinstance(module, Tied):
+            continue
+        codes, scales = f"{name}.packed", f"{name}.scale"
         try:
-            old = model.get_submodule(name)
-        except AttributeError:
-            raise PoTFormatError(f"{path}: module {name} is not in this {type(model).__name__}") from None
-        shape = tuple(getattr(old, "weight", torch.empty(0)).shape)
-        if shape != module.shape:
-            raise PoTFormatError(f"{path}: {name} is {list(module.shape)} in the file, {list(shape)} in the model")
-        wanted |= {f"{name}.{key}": tuple(t.shape) for key, t in module.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
+            _C.check_packed(tensors[codes].numpy(), module.cfg.grid, *module.shape)
+        except ValueError as error:
+            raise PoTFormatError(f"{stored[codes].file}: {codes}: {error}") from None
+        scale, limit = tensors[scales], torch.finfo(torch.float32).max / reference.levels(module.cfg.grid)[-1]
+        bad = ~((scale > 0) & (scale <= limit))
+        if bad.any():
+            group, output = bad.nonzero()[0].tolist()
             raise PoTFormatError(
-                f"{path}: tensor {name}: the file has {_shown(found.get(name))}, the model wants "
-                f"{_shown(wanted.get(name))}"
+                f"{stored[scales].file}: {scales}: the scale of output {output}, group {group} is "
+                f"{scale[group, output].item()}; it must be positive and at most {limit:.3g}"
             )
-
-
-def _shown(shape: tuple[int, ...] | None) -> str:
-    return "none" if shape is None else str(list(shape))

@@ -5,6 +5,8 @@ All are plain ``nn.Module``s with plain parameters and buffers, so state_dict, d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -121,18 +123,17 @@ class PackedEmbedding(Packed):
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
         self.num_embeddings, self.embedding_dim = self.shape
-        # An empty buffer follows .half() and .to(bfloat16) as the float table did.
-        self.register_buffer("_dtype", torch.empty(0, dtype=dtype), persistent=False)
+        self.dtype = dtype
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype.dtype
+    def _apply(self, fn, recurse=True):
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # as the float table's would have changed
+        return super()._apply(fn, recurse)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return ops.embedding(ids, self.packed, self.scale, self.cfg, shape=self.shape).to(self.dtype)
 
 
-class _Tied:
+class Tied:
     """A module whose weight is that of another packed module, its ``owner``: it holds no codes, so a state_dict, and a
     file, has them once."""
 
@@ -154,7 +155,7 @@ class _Tied:
         return self.owner.scale
 
 
-class TiedLinear(_Tied, PackedLinear):
+class TiedLinear(Tied, PackedLinear):
     """A PackedLinear, mostly a model's head, on the weight of its ``owner``, mostly the token embedding."""
 
     def __init__(self, owner: Packed, bias: torch.Tensor | None, cfg: PoTConfig):
@@ -162,9 +163,17 @@ class TiedLinear(_Tied, PackedLinear):
         self._set_bias(bias)
 
 
-class TiedEmbedding(_Tied, PackedEmbedding):
+class TiedEmbedding(Tied, PackedEmbedding):
     """A PackedEmbedding on the weight of its ``owner``."""
 
     def __init__(self, owner: Packed, cfg: PoTConfig, dtype: torch.dtype = torch.float32):
         self._tie(owner, cfg)
         self._set_dtype(dtype)
+
+
+def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module in the place of its old one, under every name that the old one has in ``model``."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, replacements[module])

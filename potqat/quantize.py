@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from potqat import ops
+from potqat import modules, ops
 from potqat.config import PoTConfig, matches
 from potqat.fake_quant import PoTFakeQuantize
 from potqat.modules import (
@@ -125,13 +125,13 @@ def plan(model: nn.Module, cfg: PoTConfig) -> list[Site]:
     """
     if kind_of(model):
         raise ValueError(f"potqat: a bare {type(model).__name__} cannot be replaced in place; put it in a module")
-    modules = [(name, m, kind) for name, m in model.named_modules() if (kind := kind_of(m))]
-    check_patterns(cfg, [name for name, *_ in modules])
-    tables = {id(m.weight): name for name, m, kind in modules if kind == "embedding"}
+    holders = [(name, m, kind) for name, m in model.named_modules() if (kind := kind_of(m))]
+    check_patterns(cfg, [name for name, *_ in holders])
+    tables = {id(m.weight): name for name, m, kind in holders if kind == "embedding"}
     # A weight that is stored [K, N] here and [N, K] there cannot be packed for both.
-    transposed = {id(m.weight): name for name, m, kind in modules if kind == "conv1d"}
+    transposed = {id(m.weight): name for name, m, kind in holders if kind == "conv1d"}
     sites = []
-    for name, module, kind in modules:
+    for name, module, kind in holders:
         other = transposed.get(id(module.weight)) if kind != "conv1d" else None
         sites.append(_site(name, module, kind, cfg, tables.get(id(module.weight)), other))
     if not any(site.cfg for site in sites):
@@ -140,9 +140,7 @@ def plan(model: nn.Module, cfg: PoTConfig) -> list[Site]:
     return sites
 
 
-def _site(
-    name: str, module: nn.Module, kind: str, cfg: PoTConfig, table: str | None, transposed: str | None
-) -> Site:
+def _site(name: str, module: nn.Module, kind: str, cfg: PoTConfig, table: str | None, transposed: str | None) -> Site:
     if kind != "conv1d" and type(module) not in KINDS:
         return Site(name, module, kind, None, f"{type(module).__name__} is a subclass with its own use of the weight")
     if kind == "embedding" and module.max_norm is not None:
@@ -199,7 +197,7 @@ def _replace(
             new = _packed(site, owner, fake_quant_of) if packed else _twin(site, owner, fake_quant_of)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
-        replacements[id(site.module)] = new.train(site.module.training)
+        replacements[site.module] = new.train(site.module.training)
         owners.setdefault(id(parameter), new)
         after = size
         if packed:
@@ -213,11 +211,7 @@ def _replace(
         if site.cfg is None and id(site.module.weight) in owners:
             report.notes.append(f"{site.name} is tied to a quantized weight but was skipped: its float copy stays")
     report.entries += _left_float(model, counted)
-    # One module under two names is replaced under both.
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in replacements:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, replacements[id(module)])
+    modules.replace(model, replacements)
     return report
 
 

@@ -141,7 +141,7 @@ def test_a_skipped_tie_is_reported():
         (Tiny, PoTConfig(skip=("nope",)), "pattern 'nope' matches no quantizable module; they are: wte, wpe, fc"),
         (Tiny, PoTConfig(overrides={"nope": {}}), "pattern 'nope' matches no"),
         (Tiny, PoTConfig(skip=("*",)), "nothing to quantize in Tiny .*wte: matches skip pattern"),
-        (nn.ReLU, PoTConfig(), "nothing to quantize in ReLU .*no Linear or Embedding"),
+        (nn.ReLU, PoTConfig(), "nothing to quantize in ReLU .*no Linear, Conv1D or Embedding"),
         (Tiny, PoTConfig(grid="pot(7)"), r"fc: potqat.pack: pot\(7\) is for fake-quantization only"),
     ],
 )

@@ -13,7 +13,7 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     assert len(blocks) >= 4
     exec(compile("\n".join(blocks), "README.md", "exec"), {})
     assert "2 quantized, 0 skipped" in capsys.readouterr().out
-    assert (tmp_path / "gpt.safetensors").stat().st_size > 0
+    assert (tmp_path / "gpt-pot4" / "model.safetensors").stat().st_size > 0
 
 
 def test_the_map_names_real_places():

@@ -29,7 +29,8 @@ from potqat.flows.results import Row
 from potqat.flows.text import Text, load_text
 from potqat.flows.trainer import Phase, stop_on_interrupt, train
 from potqat.metrics import evaluate, tokens_per_second
-from potqat.models.gpt import GPT, GPTConfig, generate
+from potqat.models.generate import generate
+from potqat.models.gpt import GPT, GPTConfig
 from potqat.report import Report
 
 CURVE_WINDOWS = 128  # a point of the curves, from each of the training and validation text
@@ -199,9 +200,8 @@ def _rows(
         return Row(name, label, iterations, model, losses["val"], losses["test"], losses["curve"], **fields)
 
     def packed_row(name: str, label: str, iterations: int, model: nn.Module, stored: nn.Module, **fields) -> Row:
-        path = folder / f"{name}.safetensors"
-        size = potqat.save(stored, path)
-        return row(name, label, iterations, model, packed=True, file=path.name, bytes=size, **fields)
+        size = potqat.save(stored, folder / name)
+        return row(name, label, iterations, model, packed=True, file=name, bytes=size, **fields)
 
     control = copy.deepcopy(trained[CONTROL]).cpu()
     rows = [

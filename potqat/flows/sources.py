@@ -1,0 +1,181 @@
+"""What MODEL means on the command line: a hub name, a Hugging Face folder, a GGUF file, a nanoGPT checkpoint or a folder
+that potqat wrote."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+import potqat
+from potqat import checkpoint, manifest
+from potqat.models.gpt import GPT, GPTConfig, load_nanogpt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GPT_TYPE = GPT.__name__.lower()  # config.json's model_type of potqat.models.gpt
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from. ``kind``: "hub", "folder", "gguf", "nanogpt" or "packed"."""
+
+    name: str
+    kind: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.name)
+
+
+def find(name: str) -> Source:
+    """Tell what ``name`` is, without loading it.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: a file or folder that holds no model that potqat reads.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / checkpoint.CONFIG).is_file():
+            raise ValueError(
+                f"{name}: a folder without {checkpoint.CONFIG}; name a GGUF file or nanoGPT's ckpt.pt itself"
+            )
+        packed = "quantization_config" in checkpoint.read_config(path)
+        return Source(name, "packed" if packed else "folder")
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return Source(name, "gguf")
+        if path.suffix in (".pt", ".pth"):
+            return Source(name, "nanogpt")
+        raise ValueError(f"{name}: neither a .gguf file nor a nanoGPT checkpoint (.pt)")
+    if path.suffix in (".gguf", ".pt", ".pth") or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: no such file or folder")
+    return Source(name, "hub")
+
+
+def skeleton(source: Source) -> nn.Module:
+    """The float model of a source without weights (on the meta device): its modules and sizes, for plans and estimates.
+
+    Raises:
+        ValueError: a packed folder, a damaged file, or transformers is needed and not installed.
+        OSError: the hub or the folder does not give it.
+    """
+    if source.kind == "packed":
+        raise ValueError(f"{source.name}: already quantized; name the float model that it came from")
+    if source.kind == "nanogpt":
+        return load_nanogpt(source.path).to("meta")
+    transformers = _transformers(source)
+    place, gguf = _place(source)
+    try:
+        config = transformers.AutoConfig.from_pretrained(place, **gguf)
+    except OSError as error:
+        if source.kind != "hub":
+            raise
+        raise OSError(f"{source.name}: not a file or folder here, and the hub does not give it: {error}") from None
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def load_float(
+    source: Source, plan: nn.Module, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    """The float model of a source in eval mode, and its tokenizer or None.
+
+    Args:
+        plan: its ``skeleton``.
+
+    Raises:
+        as ``skeleton``.
+    """
+    if source.kind == "nanogpt":
+        return load_nanogpt(source.path).to(dtype), None
+    transformers = _transformers(source)
+    place, gguf = _place(source)
+    # The configuration is that of the plan: to read it from a GGUF file again takes seconds.
+    model = transformers.AutoModelForCausalLM.from_pretrained(place, config=plan.config, dtype=dtype, **gguf)
+    return model.eval(), _tokenizer(place, **gguf)
+
+
+def load_packed(folder: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    """The packed model of a folder in eval mode, memory-mapped, and its tokenizer or None.
+
+    Raises:
+        FileNotFoundError: no such folder, or no model in it.
+        ValueError: the folder holds a float model, or transformers is needed and not installed.
+        PoTFormatError: files that cannot be trusted.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder}: a file; name the folder that potqat quantize wrote")
+    config = checkpoint.read_config(folder)
+    if "quantization_config" not in config:
+        raise ValueError(f"{folder}: a float model; quantize it first: potqat quantize {folder} --out DIR")
+    manifest.parse(config["quantization_config"], str(folder / checkpoint.CONFIG))
+    if config.get("model_type") == GPT_TYPE:
+        try:
+            fields = {key: config[key] for key in GPTConfig.__dataclass_fields__}
+            with torch.device("meta"):
+                model = GPT(GPTConfig(**fields))
+        except (KeyError, TypeError, ValueError) as error:
+            where = folder / checkpoint.CONFIG
+            raise potqat.PoTFormatError(f"{where}: does not describe a GPT: {error}") from None
+        return potqat.load(folder, model).eval(), _tokenizer(folder)
+    source = Source(str(folder), "packed")
+    transformers = _transformers(source)
+    import potqat.hf  # noqa: F401  registers the quantizer
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), _tokenizer(folder)
+
+
+def _place(source: Source) -> tuple[str, dict[str, str]]:
+    """(what from_pretrained is given, its ``gguf_file`` argument)."""
+    if source.kind == "gguf":
+        return str(source.path.parent), {"gguf_file": source.path.name}
+    return source.name, {}
+
+
+def _transformers(source: Source):
+    needed = ("transformers", "gguf", "accelerate") if source.kind == "gguf" else ("transformers",)
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{source.name}: reading it needs {package}; pip install 'potqat[hf]'")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _tokenizer(place: str | Path, **gguf: str):
+    """The tokenizer beside a model, or None if it has none."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    import transformers
+
+    folder = Path(place)
+    if (
+        folder.is_dir()
+        and not gguf
+        and not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json"))
+    ):
+        return None
+    return transformers.AutoTokenizer.from_pretrained(place, **gguf)
+
+
+def character_tokenizer(text: str):
+    """A Hugging Face tokenizer whose tokens are the characters of ``text``, numbered in sorted order (nanoGPT's rule for
+    character-level data sets)."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {character: i for i, character in enumerate(sorted(set(text)))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
