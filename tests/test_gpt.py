@@ -1,4 +1,4 @@
-"""The GPT: nanoGPT's names, function and checkpoints, export and compile, generation."""
+"""The GPT: nanoGPT's names, function and checkpoints, export and compile."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import potqat
-from potqat.models.gpt import GPT, GPTConfig, generate, load_nanogpt
+from potqat.models.gpt import GPT, GPTConfig, load_nanogpt
 
 CONFIG = GPTConfig(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.3, bias=True)
 
@@ -207,27 +207,3 @@ def test_files_that_are_no_checkpoints_are_refused_and_never_executed(tmp_path, 
     assert "executed" not in capfd.readouterr().out
     with pytest.raises(FileNotFoundError):
         load_nanogpt(tmp_path / "absent.pt")
-
-
-def test_generation_is_repeatable_and_goes_past_the_context():
-    model = GPT(CONFIG).eval()
-    start = ids(2, 5)
-
-    def sample(seed, **options):
-        return generate(model, start, 30, context=16, generator=torch.Generator().manual_seed(seed), **options)
-
-    assert sample(1).shape == (2, 35)
-    assert torch.equal(sample(1)[:, :5], start)
-    assert torch.equal(sample(1), sample(1))
-    assert not torch.equal(sample(1), sample(2))
-    greedy = sample(1, top_k=1)
-    for end in range(5, 35):
-        expected = model(greedy[:, max(0, end - 16) : end])[:, -1].argmax(-1)
-        assert torch.equal(greedy[:, end], expected)
-    assert torch.equal(sample(1, temperature=1e-6), greedy)
-
-
-def test_generation_refuses_values_without_a_meaning():
-    for options in ({"temperature": 0.0}, {"top_k": 0}):
-        with pytest.raises(ValueError, match="must be positive"):
-            generate(GPT(CONFIG), ids(1, 1), 1, context=16, **options)

@@ -1,7 +1,8 @@
 """GPT with nanoGPT's architecture and parameter names (github.com/karpathy/nanoGPT, model.py).
 
 It differs in one thing: ``forward`` gives the logits of every position and no loss, so that one graph serves training,
-evaluation and generation. B = batch, T = time (tokens), C = channels (n_embd), V = vocabulary.
+evaluation and generation; for decoding it takes a key/value cache (generate.py samples).
+B = batch, T = time (tokens), C = channels (n_embd), V = vocabulary, S = block_size.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+KVCache: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [B, heads, S, C/heads]
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,18 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, past: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
         b, t, c = x.shape
         heads = (b, t, self.n_head, c // self.n_head)
         q, k, v = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1))  # (B, heads, T, C/heads)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # (B, heads, T, C/heads)
+        mask = None
+        if past is not None:
+            # All S slots and a mask: the shapes, and so the compiled graph, are the same at every position.
+            keys, values, positions, mask = past
+            k = keys.index_copy_(2, positions, k.to(keys.dtype))  # autocast makes k bfloat16
+            v = values.index_copy_(2, positions, v.to(values.dtype))
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=past is None)  # (B, heads, T, C/heads)
         y = y.transpose(1, 2).reshape(b, t, c)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -92,8 +102,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: torch.Tensor, past: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -102,8 +112,12 @@ class GPT(nn.Module):
 
     Shapes: token ids int64 [B, T], T at most ``block_size`` -> logits [B, T, V].
 
+    With ``cache`` (of ``empty_cache``) the tokens follow those that the cache holds: their keys and values are written
+    into it at ``positions``, int64 [T], each below ``block_size``; each token sees the cache up to its own position.
+    ``potqat.models.generate.Decoder`` keeps count of the positions. For inference: call it under ``torch.no_grad()``.
+
     Raises:
-        ValueError: more tokens than ``block_size``.
+        ValueError: more tokens than ``block_size``, or a cache without positions.
     """
 
     def __init__(self, config: GPTConfig):
@@ -126,15 +140,37 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, idx: torch.Tensor, cache: KVCache | None = None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         t = idx.shape[1]
         if t > self.config.block_size:
             raise ValueError(f"GPT: at most block_size={self.config.block_size} tokens fit, got {t}; crop the input")
-        positions = torch.arange(t, device=idx.device)  # (T)
+        if (cache is None) != (positions is None):
+            raise ValueError("GPT: cache and positions go together; give both or none")
+        pasts = [None] * self.config.n_layer
+        if cache is None:
+            positions = torch.arange(t, device=idx.device)  # (T)
+        else:
+            mask = torch.arange(self.config.block_size, device=idx.device) <= positions[:, None]  # (T, S)
+            pasts = [(keys, values, positions, mask) for keys, values in cache]
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
+        for block, past in zip(self.transformer.h, pasts, strict=True):
+            x = block(x, past)
         return self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+
+    def empty_cache(self, batch_size: int) -> KVCache:
+        """Keys and values of each layer, zeros [B, heads, S, C/heads] in the model's float dtype, on its device.
+
+        Raises:
+            ValueError: a batch size below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"GPT: a cache needs a batch size of at least 1, got {batch_size}")
+        config = self.config
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        like = self.transformer.ln_f.weight  # float in a packed model, too
+        return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.n_layer)]
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -180,40 +216,3 @@ def load_nanogpt(path: str | Path) -> GPT:
             raise ValueError(f"{path}: {name} is {shapes}")
     model.load_state_dict(state)
     return model.eval()
-
-
-@torch.no_grad()
-def generate(
-    model: nn.Module,
-    idx: torch.Tensor,
-    n: int,
-    *,
-    context: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Sample ``n`` tokens after ``idx``, each from the last ``context`` ones. Call ``model.eval()`` before.
-
-    Args:
-        model: token ids [B, T] -> logits [B, T, V]: a GPT, float or quantized.
-        idx: int64 [B, T], T at least 1.
-        temperature: positive; below 1 sharpens the distribution.
-        top_k: sample among the k most likely tokens only.
-
-    Returns:
-        int64 [B, T + n].
-
-    Raises:
-        ValueError: a temperature or top_k that is not positive.
-    """
-    if not temperature > 0 or (top_k is not None and top_k < 1):
-        raise ValueError(f"generate: temperature and top_k must be positive, got {temperature} and {top_k}")
-    for _ in range(n):
-        logits = model(idx[:, -context:])[:, -1] / temperature  # (B, V)
-        if top_k is not None:
-            kept, tokens = logits.topk(min(top_k, logits.shape[-1]))
-            logits = torch.full_like(logits, -math.inf).scatter(-1, tokens, kept)
-        token = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (B, 1)
-        idx = torch.cat([idx, token], dim=1)
-    return idx
