@@ -63,8 +63,8 @@ py::array_t<float> fake_quantize(const Floats& w, const Floats& scale, const std
 }
 
 std::vector<int64_t> packed_shape(const potqat::Quantization& q, int64_t n, int64_t k) {
-  return {(n + potqat::kTileOutputs - 1) / potqat::kTileOutputs, (k + potqat::kTileInputs - 1) / potqat::kTileInputs,
-          potqat::tile_bytes(q.grid)};
+  return {n / potqat::kTileOutputs + (n % potqat::kTileOutputs != 0),  // no sum that could overflow
+          k / potqat::kTileInputs + (k % potqat::kTileInputs != 0), potqat::tile_bytes(q.grid)};
 }
 
 Bytes pack(const Floats& w, const Floats& scale, const std::string& grid, const std::string& rounding,
@@ -88,6 +88,32 @@ py::array_t<float> unpack(const Bytes& packed, const Floats& scale, const std::s
   py::array_t<float> out({n, k});
   check_status(potqat::unpack(packed.data(), scale.data(), q, n, k, out.mutable_data(), serial));
   return out;
+}
+
+// Takes any array, not Bytes, which would copy one that is strided.
+void check_packed(const py::array& packed, const std::string& grid, int64_t n, int64_t k) {
+  const potqat::Quantization q = quantization(grid, "nearest", 0, true);
+  const std::string weight = "weight [" + std::to_string(n) + ", " + std::to_string(k) + "]";
+  if (n < 0 || k < 0 || k > potqat::kMaxInputs) {
+    throw py::value_error(weight + ": out_features must be at least 0, in_features 0 to " +
+                          std::to_string(potqat::kMaxInputs));
+  }
+  const std::vector<int64_t> expected = packed_shape(q, n, k);
+  if (!py::isinstance<Bytes>(packed) || packed.ndim() != 3 ||
+      !std::equal(expected.begin(), expected.end(), packed.shape())) {
+    throw py::value_error("packed must be C-contiguous uint8 [" + std::to_string(expected[0]) + ", " +
+                          std::to_string(expected[1]) + ", " + std::to_string(expected[2]) + "] for a " + grid + " " +
+                          weight);
+  }
+  potqat::Status status;
+  {
+    const py::gil_scoped_release release;
+    status = potqat::check_packed(static_cast<const uint8_t*>(packed.data()), q.grid, n, k, serial);
+  }
+  if (status.ok()) return;
+  const bool inside = status.row < n && status.col < k;
+  throw py::value_error(std::string(inside ? "code of" : "padding at") + " output " + std::to_string(status.row) +
+                        ", input " + std::to_string(status.col) + (inside ? " is minus zero" : " is not zero"));
 }
 
 std::vector<std::string> split(const std::string& list) {
@@ -135,4 +161,8 @@ PYBIND11_MODULE(_C, m) {
         "NumPy form of potqat.pack: w [N, K], scale [G, N] -> uint8 tiles.");
   m.def("unpack", &unpack, py::arg("packed"), py::arg("scale"), py::arg("grid"), py::arg("out_features"),
         py::arg("in_features"), py::arg("group_size") = 0, "NumPy form of potqat.unpack -> float32 [N, K].");
+  m.def("check_packed", &check_packed, py::arg("packed"), py::arg("grid"), py::arg("out_features"),
+        py::arg("in_features"),
+        "ValueError with the first place where a packed weight [N, K] holds what pack never writes: minus zero, or "
+        "padding that is not zero. packed is read in place, without the GIL.");
 }

@@ -1,4 +1,4 @@
-// Codes to bytes and back, and the embedding lookup. The layout is specified in potqat.h.
+// Codes to bytes and back, the check of foreign bytes, and the embedding lookup. The layout is specified in potqat.h.
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -60,6 +60,33 @@ Status decode_row(const uint8_t* packed, const float* scale, const Quantization&
   return status;
 }
 
+// Whether any code of these bytes, a multiple of 8 at any address, is minus zero: the sign with nothing below it. In
+// each code of a word, (rest + all ones) carries into the sign's bit unless rest is 0, and never beyond it.
+bool has_minus_zero(const uint8_t* bytes, int64_t count, const Grid& grid) {
+  const uint64_t sign = grid.bits == 8 ? 0x8080808080808080u : 0x8888888888888888u;
+  uint64_t good = sign;
+  for (int64_t i = 0; i < count; i += sizeof(uint64_t)) {
+    uint64_t word;
+    std::memcpy(&word, bytes + i, sizeof word);
+    good &= ((word & ~sign) + ~sign) | ~word;
+  }
+  return good != sign;
+}
+
+// Where in inputs [first, last) of a column of tiles, whose first `rows` outputs are the weight's, a code is minus
+// zero or padding is not zero.
+Status find_bad_code(const uint8_t* tiles, const Grid& grid, int64_t rows, int64_t k, int64_t first, int64_t last) {
+  const int code_mask = (1 << grid.bits) - 1, minus_zero = 1 << (grid.bits - 1);
+  for (int64_t c = 0; c < kTileOutputs; ++c) {
+    for (int64_t j = first; j < last; ++j) {
+      const Place at = place(grid, c, j);
+      const int code = tiles[at.byte] >> at.shift & code_mask;
+      if (c < rows && j < k ? code == minus_zero : code != 0) return {Status::Code::kBadCode, c, j};
+    }
+  }
+  return {};
+}
+
 }  // namespace
 
 Status pack(const Matrix& w, const float* scale, const Quantization& q, uint8_t* packed, const ParallelFor& parallel) {
@@ -100,6 +127,27 @@ Status unpack(const uint8_t* packed, const float* scale, const Quantization& q, 
     for (int64_t r = begin; r < end; ++r) {
       const Status status = decode_row(packed, scale, q, quantizer, n, k, r, out + r * k);
       if (!status.ok()) return error.report(status);
+    }
+  });
+  return error.status();
+}
+
+Status check_packed(const uint8_t* packed, const Grid& grid, int64_t n, int64_t k, const ParallelFor& parallel) {
+  const int64_t column_bytes = tile_column_bytes(grid, k), padded = column_bytes / tile_bytes(grid) * kTileInputs;
+  if (k == 0) return {};
+  FirstError error;
+  parallel((n + kTileOutputs - 1) / kTileOutputs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const uint8_t* tiles = packed + i * column_bytes;
+      const int64_t rows = n - i * kTileOutputs;
+      const int64_t whole = rows < kTileOutputs ? 0 : k / kTileInputs;  // tiles without padding
+      if (!has_minus_zero(tiles, whole * tile_bytes(grid), grid) &&
+          find_bad_code(tiles, grid, rows, k, whole * kTileInputs, padded).ok()) {
+        continue;
+      }
+      Status status = find_bad_code(tiles, grid, rows, k, 0, padded);
+      status.row += i * kTileOutputs;
+      return error.report(status);
     }
   });
   return error.status();

@@ -14,7 +14,8 @@
 //   4 bits: 512 bytes, 8 lines of 64. Line j, byte 4c + i: low nibble = output c, input 8j + i;
 //           high nibble = output c, input 8j + 4 + i (i = 0..3). Nibble = sign << 3 | index of the magnitude.
 //   int8:  1024 bytes, 16 lines of 64. Line j, byte 4c + i = output c, input 4j + i, two's complement.
-// Padding is code 0. Minus zero (nibble 8, byte -128) is never written and refused on read.
+// Padding is code 0. Minus zero (nibble 8, byte -128) is never written and refused on read; check_packed refuses a
+// whole file's minus zeros and padding at once.
 // Why this order: a line is one vector of "4 inputs x 16 outputs", which is what VNNI, AMX and NEON dot products
 // read directly, and a group of inputs is a contiguous run of lines.
 #pragma once
@@ -100,6 +101,11 @@ POTQAT_API Status pack(const Matrix& w, const float* scale, const Quantization& 
 // out float32 [n, k].
 POTQAT_API Status unpack(const uint8_t* packed, const float* scale, const Quantization& q, int64_t n, int64_t k,
                          float* out, const ParallelFor& parallel);
+
+// Whether a packed weight [n, k] that somebody else wrote holds only what pack writes. kBadCode is at the first place,
+// rows before columns: inside [n, k] a minus zero, outside it (up to whole tiles) padding that is not zero.
+POTQAT_API Status check_packed(const uint8_t* packed, const Grid& grid, int64_t n, int64_t k,
+                               const ParallelFor& parallel);
 
 // out [m, n] = x [m, k] times the packed weight, in x's dtype; x and out contiguous.
 //   kInt8:   per row s_x = absmax / 127 (1 if all zero), q = clamp(round-half-even(x / s_x), +-127)

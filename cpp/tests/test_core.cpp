@@ -71,6 +71,7 @@ void run(const Case& c, std::mt19937& random) {
   expect(potqat::pack(matrix, scale.data(), q, packed.data(), halves).ok(), c.name());
   expect(potqat::unpack(packed.data(), scale.data(), q, c.n, c.k, unpacked.data(), halves).ok(), c.name());
   expect(unpacked == fake, c.name() + ": unpacked differs from fake-quantized");
+  expect(potqat::check_packed(packed.data(), q.grid, c.n, c.k, halves).ok(), c.name() + ": refused as packed");
 
   const std::vector<int64_t> ids = {0, c.n - 1};
   std::vector<float> rows(ids.size() * c.k);
@@ -103,6 +104,31 @@ void run(const Case& c, std::mt19937& random) {
   }
 }
 
+// Every code of a packed weight of ones set to minus zero in turn: the place that check_packed names, in order of
+// rows then columns, is where the layout in potqat.h puts it.
+void damage_every_code(const std::string& name, int64_t n, int64_t k) {
+  potqat::Quantization q{};
+  expect(potqat::parse_grid(name, &q.grid), "grid " + name);
+  const std::vector<float> w(n * k, 1.0f), scale(n, 1.0f);
+  const int64_t tile_columns = (k + 63) / 64, lines = q.grid.bits * 2, inputs_a_line = 64 / lines;
+  std::vector<uint8_t> packed((n + 15) / 16 * tile_columns * potqat::tile_bytes(q.grid));
+  expect(potqat::pack({w.data(), potqat::DType::kFloat32, n, k, k, 1}, scale.data(), q, packed.data(), halves).ok(),
+         name);
+  for (size_t i = 0; i < packed.size(); ++i) {
+    for (int shift = 0; shift < 8; shift += q.grid.bits) {
+      const uint8_t before = packed[i], mask = q.grid.bits == 8 ? 0xff : 0x0f << shift;
+      packed[i] = (before & ~mask) | (0x80 >> (8 - q.grid.bits - shift));
+      const int64_t tile = i / potqat::tile_bytes(q.grid), line = i / 64 % lines, byte = i % 64;
+      const int64_t row = tile / tile_columns * 16 + byte / 4;
+      const int64_t col = tile % tile_columns * 64 + line * inputs_a_line + shift + byte % 4;
+      const potqat::Status status = potqat::check_packed(packed.data(), q.grid, n, k, halves);
+      expect(status.code == potqat::Status::Code::kBadCode && status.row == row && status.col == col,
+             name + ": minus zero at [" + std::to_string(row) + ", " + std::to_string(col) + "] was not found there");
+      packed[i] = before;
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -119,6 +145,11 @@ int main() {
         }
       }
     }
+  }
+  for (const char* grid : {"pot4", "e2m1", "int4", "int8"}) {
+    damage_every_code(grid, 16, 64);
+    damage_every_code(grid, 18, 130);
+    damage_every_code(grid, 32, 1);
   }
   std::printf("%d cases on %s: %d failures\n", cases, potqat::available_isas().c_str(), failures);
   return failures ? EXIT_FAILURE : EXIT_SUCCESS;
