@@ -1,6 +1,7 @@
 """The command line: help, exit status, and one line for everything a user can get wrong."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -134,3 +135,37 @@ def test_missing_matplotlib_is_said_before_training(tmp_path):
     assert done.stderr.startswith("potqat: matplotlib draws loss_curves.png and is not installed; run: pip install")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_verbs_import_what_they_need_when_they_run():
+    code = (
+        "import sys; from potqat.cli import main; status = main(sys.argv[1:])\n"
+        "heavy = ('transformers', 'torchao', 'matplotlib', 'potqat.flows.nanogpt', 'potqat.flows.doctor',"
+        " 'potqat.flows.inspection', 'potqat.flows.sources')\n"
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+
+
+def test_every_verb_has_an_example(capsys):
+    assert main(["--help"]) == 0
+    verbs = re.findall(r"^    (\w+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert {"demo", "train", "inspect", "doctor"} <= set(verbs)
+    for verb in verbs:
+        assert main([verb, "--help"]) == 0
+        assert f"example: potqat {verb}" in capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_early_is_no_error_message():
+    """potqat ... | head: the pipe is closed before anything is written to it."""
+    code = "import sys, time; sys.stdin.read(1); from potqat.cli import main; sys.exit(main(['doctor', '--json']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    process.stdin.write(b"x")
+    process.stdin.close()
+    assert process.wait(60) == 1
+    assert process.stderr.read() == b""
+    process.stderr.close()

@@ -17,9 +17,9 @@ import sys
 from collections.abc import Sequence
 
 import potqat
-from potqat.cli import doctor, errors, experiment
+from potqat.cli import doctor, errors, experiment, inspect
 
-VERBS = (experiment, doctor)  # in the order of --help
+VERBS = (experiment, inspect, doctor)  # in the order of --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import potqat
+from potqat import checkpoint
 from potqat.metrics import Loss
 from potqat.report import Report
 
@@ -61,10 +62,10 @@ class Row:
         }
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(picture: str = "loss_curves.png") -> None:
     """Raises ValueError where matplotlib is missing; called before hours of training, not after."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("matplotlib draws loss_curves.png and is not installed; run: pip install 'potqat[plot]'")
+        raise ValueError(f"matplotlib draws {picture} and is not installed; run: pip install 'potqat[plot]'")
 
 
 def machine() -> dict[str, Any]:
@@ -153,9 +154,12 @@ def plot(path: Path, curves: dict[str, list[dict[str, float]]], labels: dict[str
         axis.spines[["top", "right"]].set_visible(False)
     whole.legend(loc="upper right", frameon=False)
     figure.legend(*zoom.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    os.replace(temporary, path)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a matplotlib figure as PNG."""
+    checkpoint.write(path, lambda part: figure.savefig(part, format="png", dpi=130))
 
 
 def side_by_side(samples: list[tuple[str, str]]) -> str:

@@ -128,7 +128,7 @@ def load_packed(folder: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase 
         return potqat.load(folder, model).eval(), _tokenizer(folder)
     source = Source(str(folder), "packed")
     transformers = _transformers(source)
-    import potqat.hf  # noqa: F401  registers the quantizer
+    from potqat import hf  # noqa: F401  registers the quantizer (import potqat.hf would make potqat a local name)
 
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), _tokenizer(folder)
 
