@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,8 @@ def _run(arguments: argparse.Namespace) -> int:
             raise Usage(f"--plot writes PNG: name a file that ends in .png, got {picture}")
         if not picture.parent.is_dir():
             raise Usage(f"--plot {picture}: no folder {picture.parent}")
+        if not os.access(picture.parent, os.W_OK):
+            raise Usage(f"--plot {picture}: no permission to write in {picture.parent}")
         results.require_matplotlib(picture.name)
     model, _ = load_packed(arguments.folder)
     found = inspection.inspect(model)
