@@ -138,31 +138,43 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_fit(folder: Path, model: nn.Module, packed: dict[str, Packed], stored: dict[str, Stored]) -> dict[str, str]:
-    """The model with its modules replaced must want exactly the stored tensors, by name, shape and dtype.
+    """The model with its modules replaced must want exactly the stored tensors.
 
     Returns:
         the names of its state_dict -> the stored name, another one where two names share a tensor.
     """
     inside = tuple(f"{name}." for name in packed)
     wanted = {name: t for name, t in model.state_dict(keep_vars=True).items() if not name.startswith(inside)}
-    for name, module in packed.items():
-        wanted |= {f"{name}.{key}": t for key, t in module.state_dict(keep_vars=True).items()}
     sources = {id(t): name for name, t in wanted.items() if name in stored}
     names = {name: sources.get(id(t), name) for name, t in wanted.items()}
-    for name in sorted(names.keys() | stored.keys()):
-        tensor, found = wanted.get(name), stored.get(names.get(name, name))
+    wanted = {names[name]: t for name, t in wanted.items()} | packed_tensors(packed)
+    check_tensors(folder, wanted, stored)
+    for name in stored.keys() - wanted.keys():
+        raise PoTFormatError(f"{stored[name].file}: {name}: this {type(model).__name__} has no such tensor")
+    return names | {name: name for name in packed_tensors(packed)}
+
+
+def packed_tensors(packed: dict[str, Packed]) -> dict[str, torch.Tensor]:
+    """The tensors of packed modules under their full names."""
+    return {f"{name}.{key}": t for name, module in packed.items() for key, t in module.state_dict().items()}
+
+
+def check_tensors(folder: Path, wanted: dict[str, torch.Tensor], stored: dict[str, Stored]) -> None:
+    """Each wanted tensor must be stored in its shape and dtype; only floats that are no scales may have another width.
+
+    Raises:
+        PoTFormatError: names the file, the tensor and both values.
+    """
+    for name, tensor in wanted.items():
+        found = stored.get(name)
         if found is None:
             raise PoTFormatError(f"{folder}: {name}: missing; the model wants {list(tensor.shape)}")
-        if tensor is None:
-            raise PoTFormatError(f"{found.file}: {name}: this {type(model).__name__} has no such tensor")
         if found.shape != tuple(tensor.shape):
             shapes = f"{list(found.shape)} in the file, {list(tensor.shape)} in the model"
             raise PoTFormatError(f"{found.file}: {name} is {shapes}")
-        # Floats may have any width (a model in bfloat16), scales may not.
         dtype, free = container.DTYPES[found.dtype], tensor.is_floating_point() and not name.endswith(".scale")
         if dtype != tensor.dtype and not (free and dtype.is_floating_point):
             raise PoTFormatError(f"{found.file}: {name}: dtype is {found.dtype}, the model wants {tensor.dtype}")
-    return names
 
 
 def check_values(packed: dict[str, Packed], stored: dict[str, Stored], tensors: dict[str, torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from potqat import checkpoint, container, manifest, modules
@@ -79,14 +80,19 @@ class PoTHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if not self.pre_quantized:
             return model
-        self._folder = Path(checkpoint_files[0]).parent
+        self._folder = Path(checkpoint_files[0]).parent if checkpoint_files else _folder_of(model.config)
         where = str(self._folder / checkpoint.CONFIG)
         specs = manifest.parse(self.quantization_config.manifest, where)
-        container.open_folder(self._folder)  # refuses a damaged file before transformers reads it
         self._packed = manifest.build(model, specs, where)
+        # A damaged file is refused before transformers reads it.
+        checkpoint.check_tensors(
+            self._folder, checkpoint.packed_tensors(self._packed), container.open_folder(self._folder)
+        )
         for name, module in self._packed.items():
             if isinstance(module, modules.PackedEmbedding):  # the dtype that from_pretrained was asked for
                 module.dtype = model.get_submodule(name).weight.dtype
+            # transformers initializes some weights through the parent, as GPT-2's c_proj.weight; here there is none.
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
         modules.replace(model, {model.get_submodule(name): module for name, module in self._packed.items()})
         _untie(model)
         return model
@@ -116,12 +122,20 @@ class PoTHfQuantizer(HfQuantizer):
         return True
 
 
+def _folder_of(config) -> Path:
+    """Where the files of a model lie, in Hugging Face's cache if it came from the hub. (4.57 gives no file names.)"""
+    name, commit = config.name_or_path, getattr(config, "_commit_hash", None)
+    return Path(cached_file(name, checkpoint.CONFIG, revision=commit)).parent
+
+
 def attach(model: PreTrainedModel) -> None:
     """Let transformers know that ``model`` holds packed modules: ``save_pretrained`` then writes them."""
     config = PoTQuantizationConfig()
     config.manifest = manifest.describe(model)
     model.config.quantization_config = config
-    model.hf_quantizer = PoTHfQuantizer(config, pre_quantized=True)
+    if not isinstance(getattr(model, "hf_quantizer", None), PoTHfQuantizer):
+        model.hf_quantizer = PoTHfQuantizer(config, pre_quantized=True)
+    model.hf_quantizer.quantization_config = config
     model.is_quantized, model.quantization_method = True, config.quant_method
     _untie(model)
 

@@ -165,7 +165,7 @@ def build(model: nn.Module, specs: Mapping[str, Spec], where: str) -> dict[str, 
         else:
             n, k = spec.shape
             codes = torch.empty(ops.packed_shape(spec.cfg.grid, n, k), dtype=torch.uint8, device="meta")
-            scale = torch.empty(spec.cfg.groups(k), n, device="meta")
+            scale = torch.empty(spec.cfg.groups(k), n, dtype=torch.float32, device="meta")
             new = (
                 PackedLinear(codes, scale, bias, spec.cfg, spec.shape)
                 if spec.kind == "linear"

@@ -83,9 +83,30 @@ def convert(qat: PreparedModel, target: str = "packed") -> GraphModule:
     for module in graph.modules():
         if isinstance(module, PoTPerChannelFakeQuantize):
             module.target = target
+    bodies = _hide_bodies(graph)
     converted = convert_pt2e(graph)
+    for name, body in bodies.items():
+        setattr(converted, name, body)
     # A fresh GraphModule: torchao makes train() and eval() of its own raise.
     return GraphModule(converted, converted.graph).requires_grad_(False).eval()
+
+
+def _hide_bodies(graph: GraphModule) -> dict[str, GraphModule]:
+    """Take the bodies of grad-mode and autocast regions (rotary embeddings have both) out of torchao's sight: of a
+    region within a region fx deletes the inner body as unused (torch 2.13). Returns attribute -> body."""
+    names = {node.target for node in graph.graph.find_nodes(op="get_attr")}
+    bodies = {name: body for name, body in graph.named_children() if name in names and isinstance(body, GraphModule)}
+    for name, body in bodies.items():
+        setattr(graph, name, _Body(body))
+    return bodies
+
+
+class _Body(nn.Module):
+    """A graph that is called, and that nobody looks into."""
+
+    def __init__(self, body: GraphModule):
+        super().__init__()
+        self.forward = body.forward
 
 
 class PreparedModel(nn.Module):
