@@ -54,7 +54,7 @@ def load_text(path: str | Path | None, context: int) -> Text:
 
         name, content = "pydoc_data.topics", "".join(topics[key] for key in sorted(topics))
     else:
-        name, content = Path(path).name, _read(Path(path))
+        name, content = Path(path).name, read_text(path)
     return split_text(name, content, context)
 
 
@@ -75,11 +75,18 @@ def split_text(name: str, content: str, context: int) -> Text:
     return Text(name, sha256, "".join(map(chr, characters)), splits)
 
 
-def _read(path: Path) -> str:
+def read_text(path: str | Path) -> str:
+    """The content of a UTF-8 text file, line ends as they are.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, PermissionError: the file cannot be read.
+        ValueError: the file is empty or not UTF-8.
+    """
+    path = Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise type(error)(f"{path}: cannot read the text: {error.strerror}; check the path given as data") from None
+        raise type(error)(f"{path}: cannot read the text: {error.strerror}; check the path") from None
     if not content:
         raise ValueError(f"{path}: the file is empty; give a text file in UTF-8")
     try:
