@@ -74,14 +74,18 @@ def open_folder(folder: str | os.PathLike) -> dict[str, Stored]:
         raise PoTFormatError(f"{folder}: holds both {WEIGHTS} and {INDEX}; remove the one that is out of date")
     if os.path.lexists(weights):
         _check_place(folder, weights)
-        return _read_file(weights)
-    if os.path.lexists(index):
+        stored = _read_file(weights)
+    elif os.path.lexists(index):
         _check_place(folder, index)
-        return _read_shards(folder, index)
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _PICKLES:
-            raise PoTFormatError(f"{file}: potqat never reads pickles, they can run code; convert it to {WEIGHTS}")
-    raise FileNotFoundError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}")
+        stored = _read_shards(folder, index)
+    else:
+        for file in sorted(folder.iterdir()):
+            if file.suffix in _PICKLES:
+                raise PoTFormatError(f"{file}: potqat never reads pickles, they can run code; convert it to {WEIGHTS}")
+        raise FileNotFoundError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}")
+    if len(stored) > MAX_TENSORS:
+        raise PoTFormatError(f"{folder}: {len(stored)} tensors, {MAX_TENSORS:,} are the most")
+    return stored
 
 
 def map_tensors(stored: dict[str, Stored]) -> dict[str, torch.Tensor]:
@@ -130,11 +134,9 @@ def _check_place(folder: Path, file: Path) -> None:
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:
-    with open(index, "rb") as stream:
-        content = stream.read(MAX_JSON_BYTES + 1)
-    if len(content) > MAX_JSON_BYTES:
-        raise PoTFormatError(f"{index}: over {MAX_JSON_BYTES:,} bytes")
-    parsed = _parse_json(index, content)
+    if (size := index.stat().st_size) > MAX_JSON_BYTES:
+        raise PoTFormatError(f"{index}: {size} bytes, {MAX_JSON_BYTES:,} are the most")
+    parsed = _parse_json(index, index.read_bytes())
     shards = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(shards, dict) or not shards or not all(_is_text(shard) for shard in shards.values()):
         raise PoTFormatError(f"{index}: weight_map must be an object of tensor name -> file name, not empty")
@@ -154,8 +156,6 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:
     for name, shard in shards.items():
         if name not in stored or stored[name].file.name != shard:
             raise PoTFormatError(f"{folder / shard}: {_shown(name)}: missing, though {INDEX} puts it there")
-    if len(stored) > MAX_TENSORS:
-        raise PoTFormatError(f"{index}: more than {MAX_TENSORS:,} tensors")
     return stored
 
 
@@ -266,4 +266,4 @@ def _is_text(value: Any) -> bool:
 
 
 def _shown(name: str) -> str:
-    return name if name.isprintable() and len(name) <= MAX_NAME_BYTES else _brief.repr(name)
+    return name if name.isprintable() and 0 < len(name) <= MAX_NAME_BYTES else _brief.repr(name)
