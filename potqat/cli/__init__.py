@@ -12,14 +12,15 @@ its module and name it in ``VERBS``.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
 
 import potqat
-from potqat.cli import doctor, errors, experiment, inspect
+from potqat.cli import doctor, errors, evaluate, experiment, generate, inspect, quantize
 
-VERBS = (experiment, inspect, doctor)  # in the order of --help
+VERBS = (experiment, quantize, generate, evaluate, inspect, doctor)  # in the order of --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for module in VERBS:
         module.add(verbs)
+    # torchao and torch log at import what of their own they could not load or renamed; nobody here can act on it.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         arguments = parser.parse_args(argv)
         status = arguments.run(arguments)

@@ -1,9 +1,11 @@
-"""What MODEL means on the command line: a hub name, a Hugging Face folder, a GGUF file, a nanoGPT checkpoint or a folder
-that potqat wrote."""
+"""What MODEL means on the command line, and how it is loaded: a hub name, a Hugging Face folder, a GGUF file, a nanoGPT
+checkpoint, or a folder that potqat wrote."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from torch import nn
 
 import potqat
 from potqat import checkpoint, manifest
+from potqat.flows.text import read_text
 from potqat.models.gpt import GPT, GPTConfig, load_nanogpt
 
 if TYPE_CHECKING:
@@ -31,6 +34,13 @@ class Source:
     @property
     def path(self) -> Path:
         return Path(self.name)
+
+    def identity(self) -> str:
+        """Its name and, of files here, their sizes and times: another model under the same name has another one."""
+        folder = self.path.is_dir()
+        files = sorted(self.path.iterdir()) if folder else [self.path] * self.path.is_file()
+        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return f"{self.name} {hashlib.sha256(repr(states).encode()).hexdigest()[:16]}" if files else self.name
 
 
 def find(name: str) -> Source:
@@ -102,6 +112,13 @@ def load_float(
     return model.eval(), _tokenizer(place, **gguf)
 
 
+def load(source: Source, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    """The model of any source, packed or float, in eval mode, and its tokenizer or None; errors of the two loaders."""
+    if source.kind == "packed":
+        return load_packed(source.path)
+    return load_float(source, skeleton(source), dtype)
+
+
 def load_packed(folder: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
     """The packed model of a folder in eval mode, memory-mapped, and its tokenizer or None.
 
@@ -168,14 +185,32 @@ def _tokenizer(place: str | Path, **gguf: str):
     return transformers.AutoTokenizer.from_pretrained(place, **gguf)
 
 
-def character_tokenizer(text: str):
-    """A Hugging Face tokenizer whose tokens are the characters of ``text``, numbered in sorted order (nanoGPT's rule for
-    character-level data sets)."""
-    import transformers
+def tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that a user names: of a hub model or folder, or, for a text file (.txt), its characters in sorted
+    order, which is how nanoGPT numbers character-level data.
+
+    Raises:
+        ValueError: transformers is not installed, or the text is empty or not UTF-8.
+        OSError: the hub or the folder does not give it.
+    """
+    transformers = _transformers(Source(name, "hub"))
+    if not name.endswith(".txt"):
+        return transformers.AutoTokenizer.from_pretrained(name)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {character: i for i, character in enumerate(sorted(set(text)))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    vocabulary = {character: i for i, character in enumerate(sorted(set(read_text(name))))}
+    characters = Tokenizer(models.WordLevel(vocabulary))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    characters.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=characters)
+
+
+def max_context(model: nn.Module) -> int:
+    """Tokens that a loaded model takes at most."""
+    config = model.config
+    return config.block_size if isinstance(model, GPT) else config.max_position_embeddings
+
+
+def logits_of(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A loaded model as token ids int64 [B, T] -> logits [B, T, V]."""
+    return model if isinstance(model, GPT) else lambda ids: model(input_ids=ids, use_cache=False).logits
