@@ -172,7 +172,7 @@ BAD = {
     "unknown dtype": (change("modules", "wte", "dtype", to="complex64"), "wte: dtype must be one of"),
     "tie to nothing": (change("modules", "lm_head", "tied_to", to="nope"), "lm_head: tied to 'nope', which"),
     "tie to itself": (change("modules", "lm_head", "tied_to", to="lm_head"), "tied to 'lm_head', which is tied"),
-    "tie of other shapes": (change("modules", "lm_head", "tied_to", to="fc"), "lm_head: tied to 'fc', which has another"),
+    "tie of other shapes": (change("modules", "lm_head", "tied_to", to="fc"), "tied to .fc., which has another"),
     "tie as a number": (change("modules", "lm_head", "tied_to", to=3), "lm_head: tied_to must be a module path"),
     "missing tie": (lambda c, t: modules(c)["lm_head"].pop("tied_to"), r"lm_head\.packed: missing"),
     "module of another model": (
