@@ -15,6 +15,16 @@ from potqat import ops
 from potqat.config import PoTConfig
 from potqat.fake_quant import PoTFakeQuantize
 
+KINDS = {nn.Linear: "linear", nn.Embedding: "embedding"}
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of a module that holds a quantizable weight, or None. (Conv1D is told by name: most users of potqat
+    have no reason to import transformers.)"""
+    if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return "conv1d"
+    return next((kind for cls, kind in KINDS.items() if isinstance(module, cls)), None)
+
 
 class QATLinear(nn.Linear):
     """Linear whose weight passes a PoTFakeQuantize; keeps the float module's Parameter objects."""

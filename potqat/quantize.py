@@ -15,6 +15,7 @@ from potqat import modules, ops
 from potqat.config import PoTConfig, matches
 from potqat.fake_quant import PoTFakeQuantize
 from potqat.modules import (
+    KINDS,
     Packed,
     PackedEmbedding,
     PackedLinear,
@@ -23,10 +24,10 @@ from potqat.modules import (
     QATLinear,
     TiedEmbedding,
     TiedLinear,
+    kind_of,
 )
 from potqat.report import Entry, Report
 
-KINDS = {nn.Linear: "linear", nn.Embedding: "embedding"}
 TWINS = {"linear": QATLinear, "conv1d": QATConv1D, "embedding": QATEmbedding}
 
 
@@ -47,14 +48,6 @@ class Site:
     def weight(self) -> torch.Tensor:
         """[N, K], as the packer sees it."""
         return self.module.weight.t() if self.kind == "conv1d" else self.module.weight
-
-
-def kind_of(module: nn.Module) -> str | None:
-    """The kind of a module that holds a quantizable weight, or None. (Conv1D is told by name: most users of potqat
-    have no reason to import transformers.)"""
-    if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        return "conv1d"
-    return next((kind for cls, kind in KINDS.items() if isinstance(module, cls)), None)
 
 
 def quantize_(model: nn.Module, cfg: PoTConfig) -> Report:
