@@ -10,7 +10,8 @@ Format version 1, in ``config.json`` (docs/format.md has an example):
         grid         "pot4", "e2m1", "int4" or "int8": the levels, and so the bits, of the codes
         granularity  "tensor", "channel" or the group size: which weights share a scale
         activations  "int8" or null (float): how the linear layer treats its input
-        scale, rounding, sqnr_db   how the weight was quantized and how far it is from the float one (null: not measured, or equal)
+        scale, rounding   how the weight was quantized
+        sqnr_db      its error against the float weight, in dB (null: not measured, or no error)
         dtype        embeddings only: "float32", "bfloat16" or "float16", what a lookup gives
         tied_to      only if the codes are those of another module of this table: its path
     }
