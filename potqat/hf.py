@@ -108,6 +108,7 @@ class PoTHfQuantizer(HfQuantizer):
         for name, module in self._packed.items():
             if not isinstance(module, modules.Tied):
                 module.packed, module.scale = tensors[f"{name}.packed"], tensors[f"{name}.scale"]
+        _share_mapping(model, tensors)
         return model
 
     def is_serializable(self, *args, **kwargs) -> bool:
@@ -126,6 +127,20 @@ def _folder_of(config) -> Path:
     """Where the files of a model lie, in Hugging Face's cache if it came from the hub. (4.57 gives no file names.)"""
     name, commit = config.name_or_path, getattr(config, "_commit_hash", None)
     return Path(cached_file(name, checkpoint.CONFIG, revision=commit)).parent
+
+
+def _share_mapping(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Take the floats that transformers read without a change from ``tensors``, too: its own mapping of the file would
+    stay for them beside that one, and its pages count twice in the process's memory."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        mapped = tensors.get(name)
+        if mapped is None or (mapped.dtype, mapped.device) != (tensor.dtype, tensor.device):
+            continue
+        if isinstance(tensor, nn.Parameter) and torch.equal(mapped, tensor):
+            tensor.data = mapped
+        elif torch.equal(mapped, tensor):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, mapped)
 
 
 def attach(model: PreTrainedModel) -> None:
