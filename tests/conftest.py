@@ -1,3 +1,7 @@
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -31,3 +35,29 @@ def one_thread():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data():
+    """The folder of public texts that the slow tests read; they are not ours to ship."""
+    if "POTQAT_DATA" not in os.environ:
+        pytest.skip(
+            "set POTQAT_DATA to a folder with wikitext2-test.txt (WikiText-2's test split) and gpt2-merges.txt (the "
+            "merges.txt of GPT-2)"
+        )
+    return Path(os.environ["POTQAT_DATA"])
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer(data, tmp_path_factory):
+    """GPT-2's own tokenizer. Its ids: the 256 bytes, printable ones first, then the merges, then <|endoftext|>."""
+    transformers = pytest.importorskip("transformers", reason="needs potqat[hf]")
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    merges = (data / "gpt2-merges.txt").read_text(encoding="utf-8")
+    pairs = [line for line in merges.splitlines() if not line.startswith("#version")]
+    symbols = [*bytes_to_unicode().values(), *(pair.replace(" ", "") for pair in pairs), "<|endoftext|>"]
+    folder = tmp_path_factory.mktemp("gpt2-tokenizer")
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}), encoding="utf-8")
+    return transformers.GPT2TokenizerFast.from_pretrained(folder)
