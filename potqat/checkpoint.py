@@ -4,7 +4,7 @@
 ``quantization_config`` (manifest.py specifies it). ``model.safetensors``, or the shards that
 ``model.safetensors.index.json`` names, hold the tensors: ``<path>.packed`` (uint8, layout of cpp/core/potqat.h),
 ``<path>.scale`` (float32 [G, N]) and ``<path>.bias`` of each packed module, and every other parameter and buffer under
-its own name. What two names share is stored once.
+its own name. What two names share is stored once. docs/format.md is the whole specification.
 """
 
 from __future__ import annotations

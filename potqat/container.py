@@ -3,7 +3,7 @@
 A file is the header's length (8 bytes, little-endian), the header (a JSON object: tensor name -> dtype, shape,
 data_offsets, and optionally ``__metadata__``, strings), then the tensors' bytes without a gap. safetensors' own reader
 (https://github.com/huggingface/safetensors, "Format") passes over duplicate names, unknown keys and odd names, and its
-errors name neither file nor tensor; what this one accepts, that one accepts too.
+errors name neither file nor tensor; what this one accepts, that one accepts too. docs/format.md lists the refusals.
 """
 
 from __future__ import annotations

@@ -1,25 +1,76 @@
-"""README's Python blocks run as one script, as a reader would paste them; its files and links exist."""
+"""README as a reader uses it: commands and Python blocks run in order, in one folder; its map is complete."""
 
 import re
+import shlex
 from pathlib import Path
+
+import pytest
+import torch
+
+from potqat.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 
 
-def test_python_blocks_run(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with what the README names and a reader has or downloads: ``gpt2``, here a small GPT-2 with random
+    weights and a tokenizer of bytes (a folder of that name goes before the hub), and ``text.txt``."""
+    transformers = pytest.importorskip("transformers", reason="needs potqat[hf]")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = len(alphabet) - 1
+    config = transformers.GPT2Config(
+        vocab_size=len(alphabet), n_positions=512, n_embd=64, n_layer=2, n_head=2, bos_token_id=end, eos_token_id=end
+    )
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) >= 4
-    exec(compile("\n".join(blocks), "README.md", "exec"), {})
-    assert "2 quantized, 0 skipped" in capsys.readouterr().out
-    assert (tmp_path / "gpt-pot4" / "model.safetensors").stat().st_size > 0
+    transformers.GPT2LMHeadModel(config).save_pretrained("gpt2")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[-1])
+    fast.save_pretrained("gpt2")
+    Path("text.txt").write_text(README, encoding="utf-8")
+    return tmp_path
 
 
-def test_the_map_names_real_places():
-    places = re.findall(r"^(\w[\w./]*)  ", README.split("## Map")[1].split("```")[1], re.M)
-    assert len(places) >= 8
-    assert not [place for place in places if not (ROOT / place).exists()]
+def test_commands_and_python_blocks_run_in_order(workplace, capsys, one_thread):
+    torch.set_num_threads(1)
+    namespace, printed = {}, {}
+    for language, block in BLOCKS:
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), namespace)
+        for line in block.splitlines() if language == "sh" else ():
+            verb, *arguments = shlex.split(line, comments=True)
+            assert verb in ("potqat", "make", "pip")  # .ci/run runs the other two
+            if verb == "potqat":
+                capsys.readouterr()
+                assert main(arguments) == 0, line
+                printed[arguments[0]] = capsys.readouterr().out
+    assert list(printed) == ["quantize", "generate", "eval", "inspect", "doctor"]
+    assert "11 layers quantized, 0 left float." in printed["quantize"]
+    assert printed["generate"].startswith("The water cycle")
+    assert re.match(r"perplexity \d+\.\d+ .* on text\.txt: first 4,096 of [\d,]+ tokens, context 512", printed["eval"])
+    assert "tied to transformer.wte" in printed["inspect"]
+    assert "equal bit for bit" in printed["doctor"]
+    assert "11 quantized, 0 skipped" in capsys.readouterr().out
+    assert {path.name for path in workplace.iterdir()} == {"gpt2", "gpt2-e2m1", "gpt2-trained", "packed", "text.txt"}
+
+
+def test_the_map_is_complete():
+    blocks = README.split("## Map")[1].split("```")[1]
+    lines = re.findall(r"^(\w[\w./]*)  +(.*(?:\n  +.*)*)", blocks, re.MULTILINE)
+    assert not [place for place, _ in lines if not (ROOT / place).exists()]
+    named = {place: set(re.findall(r"\w+", words)) for place, words in lines}
+    for folder in ("potqat/", "potqat/pt2e/", "potqat/models/", "potqat/flows/"):
+        files = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__", "__main__", "reference"}
+        assert not files - named[folder], folder
+    assert not {path.stem for path in (ROOT / "cpp" / "core").glob("*.cpp")} - named["cpp/core/"]
+    assert not {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} - named["notebooks/"]
+    assert not {path.stem for path in (ROOT / "docs").glob("*.md")} - named["docs/"]
 
 
 def test_the_results_are_those_of_the_committed_runs():

@@ -10,7 +10,8 @@
 //   int8    0 1 ... 127
 //   pot(k)  0 2^0 ... 2^k, k = 0..30  (the papers' ranges; fake-quantization only, no packed form)
 //
-// Packed layout, one on disk and in every kernel. A tile holds 16 outputs x 64 inputs; tiles run along k, then n.
+// Packed layout, one on disk (docs/format.md) and in every kernel. A tile holds 16 outputs x 64 inputs; tiles run
+// along k, then n.
 //   4 bits: 512 bytes, 8 lines of 64. Line j, byte 4c + i: low nibble = output c, input 8j + i;
 //           high nibble = output c, input 8j + 4 + i (i = 0..3). Nibble = sign << 3 | index of the magnitude.
 //   int8:  1024 bytes, 16 lines of 64. Line j, byte 4c + i = output c, input 4j + i, two's complement.
