@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 import potqat
 from potqat import PoTConfig, reference
 from potqat.cli import main
-from potqat.flows import inspection
+from potqat.flows import inspection, inspection_plot
 from potqat.flows.inspection_plot import plot
 from potqat.models.gpt import GPT, GPTConfig
 from potqat.modules import PackedLinear, TiedLinear
@@ -178,6 +179,16 @@ def test_plot(capsys, folder, tmp_path):
 def test_plot_without_known_errors_and_of_one_layer(tmp_path):
     plot(tmp_path / "one.png", [layer(dict.fromkeys(range(-7, 8), 1))])
     assert (tmp_path / "one.png").exists()
+
+
+def test_plot_tells_no_error_from_error_not_known(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(inspection_plot, "save_figure", lambda figure, path: figures.append(figure))
+    counts = dict.fromkeys(range(-7, 8), 1)
+    errors = {"exact": math.inf, "unknown": None, "usual": 20.0}
+    plot(tmp_path / "one.png", [replace(layer(counts, name), sqnr_db=error) for name, error in errors.items()])
+    (legend,) = figures[0].subfigs[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["exact: no error", "unknown: error not known", "usual"]
 
 
 def test_wrong_uses_are_one_line(capsys, folder, tmp_path):

@@ -72,12 +72,11 @@ def _errors(figure, types: list[Type]) -> None:
     axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=ratios)[0]
     for axis, bits in zip(axes, sorted(widths), strict=True):
         for type_ in widths[bits]:
-            points = [
-                (_place(m), m.sqnr_db) for m in type_.members if m.sqnr_db is not None and math.isfinite(m.sqnr_db)
-            ]
+            errors = [(_place(m), m.sqnr_db) for m in type_.members if m.sqnr_db is not None]
+            points = [(x, y) for x, y in errors if math.isfinite(y)]
             axis.plot(
                 [x for x, _ in points], [y for _, y in points], color=type_.color, marker=type_.marker, ms=5, lw=1.2,
-                label=type_.label + ("" if points else ": error not known"),
+                label=type_.label + ("" if points else ": no error" if errors else ": error not known"),
             )  # fmt: skip
         ticks = places[bits][:: max(1, len(places[bits]) // 24)]
         axis.set_xticks(ticks, ["-" if x < 0 else x for x in ticks])
@@ -87,6 +86,8 @@ def _errors(figure, types: list[Type]) -> None:
         margin = max(0.0, (LEAST_RANGE - (high - low)) / 2)
         axis.set_ylim(low - margin, high + margin)
         axis.set_ylabel("SQNR (dB): higher is better")
+        if not any(len(line.get_xdata()) for line in axis.lines):
+            axis.set_yticks([])  # a scale would be of nothing
         axis.set_title(f"Error of {bits}-bit layers", fontsize=11)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
