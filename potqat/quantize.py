@@ -28,6 +28,7 @@ from potqat.modules import (
 )
 from potqat.report import Entry, Report
 
+CHUNK = 1 << 16  # weights whose error is computed at a time: they stay in the cache, and leave no holes in the heap
 TWINS = {"linear": QATLinear, "conv1d": QATConv1D, "embedding": QATEmbedding}
 
 
@@ -231,7 +232,7 @@ def _packed(site: Site, owner: Packed | None, fake_quant_of: Callable[[Site], Po
         new = PackedEmbedding(codes, scale, fake_quant.cfg, weight.shape, weight.dtype)
     else:
         new = PackedLinear(codes, scale, bias, fake_quant.cfg, weight.shape)
-    new.sqnr_db = sqnr_db(weight, new.dequantize())
+    new.sqnr_db = sqnr_db(weight, scale, fake_quant.cfg)
     return new
 
 
@@ -242,8 +243,7 @@ def _twin(site: Site, owner: nn.Module | None, fake_quant_of: Callable[[Site], P
 
 def _error(site: Site, twin: nn.Module) -> float:
     fake_quant, weight = twin.weight_fake_quant, site.weight.detach()
-    with torch.no_grad():
-        return sqnr_db(weight, ops.fake_quantize(weight, fake_quant.scale(weight), fake_quant.cfg))
+    return sqnr_db(weight, fake_quant.scale(weight), fake_quant.cfg)
 
 
 def _left_float(model: nn.Module, counted: set[int]) -> list[Entry]:
@@ -262,8 +262,13 @@ def _left_float(model: nn.Module, counted: set[int]) -> list[Entry]:
     return entries
 
 
-def sqnr_db(w: torch.Tensor, w_hat: torch.Tensor) -> float:
-    """Signal to quantization noise, 10 log10(sum w^2 / sum (w - w_hat)^2), in dB; inf if exact."""
-    w, w_hat = w.detach().float(), w_hat.detach().float()
-    signal, noise = (t.square_().sum(dtype=torch.float64).item() for t in (w.clone(), w - w_hat))
+@torch.no_grad()
+def sqnr_db(w: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> float:
+    """Signal to quantization noise of w [N, K], 10 log10(sum w^2 / sum (w - w_hat)^2), in dB; inf if exact."""
+    signal = noise = 0.0
+    rows = max(1, CHUNK // max(1, w.shape[1]))
+    for part, part_scale in zip(w.split(rows), scale.split(rows, dim=1), strict=True):
+        part = part.float()
+        signal += part.square().sum(dtype=torch.float64).item()
+        noise += (part - ops.fake_quantize(part, part_scale, cfg)).square_().sum(dtype=torch.float64).item()
     return 10 * math.log10(signal / noise) if noise else math.inf

@@ -10,7 +10,6 @@ from torchao.quantization.pt2e import FakeQuantizeBase
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from potqat import ops
 from potqat.config import PoTConfig
 from potqat.pt2e.fake_quant import PoTPerChannelFakeQuantize
 from potqat.quantize import check_patterns, resolve, sqnr_db
@@ -139,11 +138,9 @@ class PoTQuantizer(Quantizer):
         if reason:
             return Entry(**entry, action="skipped", reason=reason, bytes_after=size)
         made = self.fake_quants[use.parameter]
-        with torch.no_grad():
-            w_hat = ops.fake_quantize(weight, made.scale(weight), made.cfg)
         return Entry(
             **entry, action="quantized", reason="" if first else "tied: packed once", grid=made.cfg.grid,
-            granularity=made.cfg.granularity, bytes_after=size, sqnr_db=sqnr_db(weight, w_hat),
+            granularity=made.cfg.granularity, bytes_after=size, sqnr_db=sqnr_db(weight, made.scale(weight), made.cfg),
         )  # fmt: skip
 
     def prepare_obs_or_fq_callback(self, model: GraphModule, edge_or_node_to_obs_or_fq: dict) -> None:
