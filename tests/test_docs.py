@@ -2,9 +2,8 @@
 
 import ast
 import json
+import logging
 import re
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -187,26 +186,27 @@ def test_every_refusal_of_a_file_is_on_the_page():
     assert not unlisted
 
 
-def test_a_packed_folder_without_potqat_hf_is_what_the_faq_says(tmp_path):
-    """transformers warns and gives random weights: the trap that FAQ is loudest about."""
+def test_a_packed_folder_without_potqat_hf_is_what_the_faq_says(tmp_path, monkeypatch, caplog):
+    """The trap that the FAQ is loudest about: transformers only warns, and makes weights up."""
     transformers = pytest.importorskip("transformers", reason="needs potqat[hf]")
+    from transformers.quantizers import auto
+
     config = transformers.GPT2Config(
         vocab_size=65, n_positions=16, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
     )
     model = transformers.GPT2LMHeadModel(config)
     potqat.quantize_(model, potqat.PoTConfig())
     potqat.save(model, tmp_path)
-    script = (
-        "import sys, transformers\n"
-        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "print(type(model.lm_head).__name__, model.transformer.wte.weight.std().item())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    heading = re.search(r"^### `(Unknown quantization type.*?)\.\.\.` \(from transformers\)$", FAQ, re.M)[1]
-    assert heading.strip() in done.stderr
-    assert "transformer.wte.packed" in done.stderr
-    assert "transformer.wte.weight" in done.stderr
-    assert done.stdout.startswith("Linear 0.0")
+    for registry in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(registry, "potqat")  # as before import potqat.hf
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])  # it does not propagate
+    with caplog.at_level(logging.WARNING, "transformers"):
+        wrong = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert type(wrong.lm_head) is torch.nn.Linear
+    heading = re.search(r"^### `(Unknown quantization type.*?)\.\.\.` \(from transformers\)$", FAQ, re.MULTILINE)[1]
+    assert heading.strip() in caplog.text
+    assert "transformer.wte.packed" in caplog.text
+    assert "transformer.wte.weight" in caplog.text
 
 
 def test_the_code_of_the_faq_runs():
