@@ -12,8 +12,7 @@ namespace {
 const KernelTable* const kTables[] = {
 // best first
 #ifdef POTQAT_X86
-    &kAvx512VnniTable,
-    &kAvx2Table,
+    &kAmxTable,    &kAvx512VbmiTable, &kAvx512VnniTable, &kAvx2Table,
 #endif
     &kScalarTable,
 };
