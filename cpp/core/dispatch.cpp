@@ -51,6 +51,11 @@ std::string names(bool only_supported) {
 
 const KernelTable* active_table() { return active().load(std::memory_order_relaxed); }
 
+const KernelTable& table_or_scalar() {
+  const KernelTable* table = active_table();
+  return table ? *table : kScalarTable;
+}
+
 std::string built_isas() { return names(false); }
 std::string available_isas() { return names(true); }
 std::string active_isa() { return active_table() ? active_table()->name : ""; }

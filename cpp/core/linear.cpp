@@ -68,19 +68,15 @@ Inputs prepare(const Linear& a, const KernelTable& table, int64_t groups, const 
   const Matrix x = {a.x, a.dtype, a.m, a.k, a.k, 1};
   const int64_t grain = std::max<int64_t>(1, kMinThreadWork / 16 / std::max<int64_t>(1, a.k));
   parallel(rows, grain, [&](int64_t begin, int64_t end) {
-    const bool direct = a.dtype == DType::kFloat32;
-    std::vector<float> row(quantized && !direct ? a.k : 0);
+    std::vector<float> buffer(a.dtype == DType::kFloat32 ? 0 : a.k);
     for (int64_t r = begin; r < end; ++r) {
-      int64_t col;
+      const float* row = r < a.m ? view_row(x, r, buffer.data()) : nullptr;
       if (!quantized) {
-        load_row(x, r, in.x.get() + r * in.stride, &col);
+        if (a.k) std::memcpy(in.x.get() + r * in.stride, row, a.k * sizeof(float));
         continue;
       }
       int8_t* q = in.q.get() + r * in.stride;
-      if (r < a.m) {
-        if (!direct) load_row(x, r, row.data(), &col);
-        in.scale[r] = quantize_row(a, table, direct ? static_cast<const float*>(a.x) + r * a.k : row.data(), q);
-      }
+      if (row) in.scale[r] = quantize_row(a, table, row, q);
       for_each_group(a.k, a.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
         in.q_sum[r * groups + group] = table.sum(q + first, last - first);
       });

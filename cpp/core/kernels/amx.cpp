@@ -10,6 +10,7 @@
 
 #include "kernel.h"
 
+#include "assign.inl"
 #include "elementwise.inl"
 #include "avx512_float.inl"
 
@@ -124,6 +125,6 @@ bool supported() {
 
 }  // namespace
 
-const KernelTable kAmxTable = {"amx", supported, dot, dot_float, absmax, quantize, sum, scale};
+const KernelTable kAmxTable = {"amx", supported, dot, dot_float, absmax, quantize, sum, scale, assign, ste};
 
 }  // namespace potqat

@@ -5,6 +5,7 @@
 
 #include "kernel.h"
 
+#include "assign.inl"
 #include "elementwise.inl"
 #include "float_lines.inl"
 
@@ -89,6 +90,6 @@ bool supported() { return __builtin_cpu_supports("avx2"); }
 
 }  // namespace
 
-const KernelTable kAvx2Table = {"avx2", supported, dot, dot_float, absmax, quantize, sum, scale};
+const KernelTable kAvx2Table = {"avx2", supported, dot, dot_float, absmax, quantize, sum, scale, assign, ste};
 
 }  // namespace potqat

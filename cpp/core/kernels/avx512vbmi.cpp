@@ -30,9 +30,11 @@ bool supported() {
 }  // namespace potqat
 
 #include "avx512.inl"
+#include "assign.inl"
 #include "elementwise.inl"
 #include "avx512_float.inl"
 
 namespace potqat {
-const KernelTable kAvx512VbmiTable = {"avx512vbmi", supported, dot, dot_float, absmax, quantize, sum, scale};
+const KernelTable kAvx512VbmiTable = {"avx512vbmi", supported, dot,   dot_float, absmax,
+                                      quantize,     sum,       scale, assign,    ste};
 }  // namespace potqat

@@ -40,6 +40,15 @@ struct DotFloat {
   float* acc;
 };
 
+// A grid with a rounding: level i for thresholds[i - 1] <= v < thresholds[i]. `unit_steps`: levels are 0, 1, 2, ...;
+// `half_steps`: and threshold i is i + 0.5.
+struct Levels {
+  const float* levels;      // ascending, levels[0] = 0
+  const float* thresholds;  // one fewer
+  int count;
+  bool unit_steps, half_steps;
+};
+
 struct KernelTable {
   const char* name;
   bool (*supported)();
@@ -54,6 +63,12 @@ struct KernelTable {
   // operation rounded. `width` outputs, at most kWidth.
   void (*scale)(const int32_t* acc, int64_t m, int width, const float* s_x, const float* s_w, const float* bias,
                 bool first, float* y, int64_t y_stride);
+  // out = factor * signed level of w / scale.
+  void (*assign)(const Levels& levels, const float* w, int64_t count, float scale, float factor, float* out);
+  // Straight-through gradient, see potqat.h: dw = g, or 0 beyond the top level if clip. Returns d/dscale, summed in 16
+  // interleaved lanes (the same sum everywhere), or 0 if level is null; level: the signed levels of w / scale.
+  float (*ste)(const float* g, const float* w, const float* level, int64_t count, float scale, float top, bool clip,
+               float* dw);
 };
 
 extern const KernelTable kScalarTable;
@@ -66,5 +81,7 @@ extern const KernelTable kAmxTable;
 
 // The active table, or null if POTQAT_ISA is wrong (dispatch.cpp).
 const KernelTable* active_table();
+// The same, or the scalar table: for what runs before anybody can be told.
+const KernelTable& table_or_scalar();
 
 }  // namespace potqat

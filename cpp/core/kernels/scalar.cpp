@@ -3,6 +3,7 @@
 
 #include "kernel.h"
 
+#include "assign.inl"
 #include "elementwise.inl"
 #include "float_lines.inl"
 
@@ -48,6 +49,6 @@ bool supported() { return true; }
 
 }  // namespace
 
-const KernelTable kScalarTable = {"scalar", supported, dot, dot_float, absmax, quantize, sum, scale};
+const KernelTable kScalarTable = {"scalar", supported, dot, dot_float, absmax, quantize, sum, scale, assign, ste};
 
 }  // namespace potqat
