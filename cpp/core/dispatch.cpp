@@ -12,8 +12,7 @@ namespace {
 const KernelTable* const kTables[] = {
 // best first
 #ifdef POTQAT_X86
-    &kAvx512VnniTable,
-    &kAvx2Table,
+    &kAmxTable,    &kAvx512VbmiTable, &kAvx512VnniTable, &kAvx2Table,
 #endif
     &kScalarTable,
 };
@@ -51,6 +50,11 @@ std::string names(bool only_supported) {
 }  // namespace
 
 const KernelTable* active_table() { return active().load(std::memory_order_relaxed); }
+
+const KernelTable& table_or_scalar() {
+  const KernelTable* table = active_table();
+  return table ? *table : kScalarTable;
+}
 
 std::string built_isas() { return names(false); }
 std::string available_isas() { return names(true); }

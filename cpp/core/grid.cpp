@@ -6,6 +6,8 @@
 #include <map>
 #include <mutex>
 
+#include "kernels/kernel.h"
+
 namespace potqat {
 namespace {
 
@@ -57,49 +59,12 @@ float threshold(float low, float high, Rounding rounding) {
 }
 
 Quantizer make_quantizer(const Grid& grid, Rounding rounding) {
-  Quantizer q{make_levels(grid), {}, grid.kind == Grid::Kind::kInt4 || grid.kind == Grid::Kind::kInt8};
+  Quantizer q{make_levels(grid), {}, grid.kind == Grid::Kind::kInt4 || grid.kind == Grid::Kind::kInt8, false};
+  q.half_steps = q.unit_steps && rounding == Rounding::kNearest;
   for (size_t i = 1; i < q.levels.size(); ++i) {
     q.thresholds.push_back(threshold(q.levels[i - 1], q.levels[i], rounding));
   }
   return q;
-}
-
-// Levels of a grid with 8 magnitudes, by counting thresholds: written out without branches or an inner loop, so that
-// the compiler vectorizes over the weights.
-void assign_eight(const Quantizer& q, const float* w, int64_t count, float scale, float* level) {
-  const float* t = q.thresholds.data();
-  float step[7];
-  for (int i = 0; i < 7; ++i) step[i] = q.levels[i + 1] - q.levels[i];
-  for (int64_t j = 0; j < count; ++j) {
-    const float v = std::fabs(w[j]) / scale;
-    const auto above = [&](int i) { return v >= t[i] ? step[i] : 0.0f; };
-    const float magnitude = above(0) + above(1) + above(2) + above(3) + above(4) + above(5) + above(6);
-    level[j] = std::copysign(magnitude, w[j]) + 0.0f;  // -0 + 0 = +0: there is one zero
-  }
-}
-
-void assign_any(const Quantizer& q, const float* w, int64_t count, float scale, float* level) {
-  for (int64_t j = 0; j < count; ++j) {
-    const float v = std::fabs(w[j]) / scale;
-    size_t index = 0;
-    for (float threshold : q.thresholds) index += v >= threshold;
-    level[j] = std::copysign(q.levels[index], w[j]) + 0.0f;
-  }
-}
-
-// Levels 0, 1, 2, ...: threshold i lies in (i, i + 1), so only one comparison is needed.
-void assign_by_truncation(const Quantizer& q, const float* w, int64_t count, float scale, float* level) {
-  const float top = q.top();
-  const float* thresholds = q.thresholds.data();
-  for (int64_t j = 0; j < count; ++j) {
-    const float v = std::fabs(w[j]) / scale;
-    float magnitude = top;
-    if (v < top) {
-      const int below = static_cast<int>(v);
-      magnitude = static_cast<float>(below + (v >= thresholds[below]));
-    }
-    level[j] = std::copysign(magnitude, w[j]) + 0.0f;  // -0 + 0 = +0: there is one zero
-  }
 }
 
 }  // namespace
@@ -158,14 +123,10 @@ const Quantizer& quantizer(const Grid& grid, Rounding rounding) {
   return found->second;
 }
 
-void assign_levels(const Quantizer& q, const float* w, int64_t count, float scale, float* level) {
-  if (q.unit_steps) {
-    assign_by_truncation(q, w, count, scale, level);
-  } else if (q.thresholds.size() == 7) {
-    assign_eight(q, w, count, scale, level);
-  } else {
-    assign_any(q, w, count, scale, level);
-  }
+void assign_levels(const Quantizer& q, const float* w, int64_t count, float scale, float factor, float* out) {
+  const Levels levels = {q.levels.data(), q.thresholds.data(), static_cast<int>(q.levels.size()), q.unit_steps,
+                         q.half_steps};
+  table_or_scalar().assign(levels, w, count, scale, factor, out);
 }
 
 }  // namespace potqat

@@ -13,21 +13,24 @@ struct Quantizer {
   std::vector<float> levels;      // ascending, levels[0] = 0
   std::vector<float> thresholds;  // one fewer
   bool unit_steps;                // levels are 0, 1, 2, ...: the index is found by truncation
+  bool half_steps;                // and the thresholds 0.5, 1.5, 2.5, ...
   float top() const { return levels.back(); }
 };
 
 const Quantizer& quantizer(const Grid& grid, Rounding rounding);
 
-// level[i] = signed level of w[i] for a group with this scale.
-void assign_levels(const Quantizer& quantizer, const float* w, int64_t count, float scale, float* level);
+// out[i] = factor * signed level of w[i] for a group with this scale.
+void assign_levels(const Quantizer& quantizer, const float* w, int64_t count, float scale, float factor, float* out);
 
 // Largest magnitude; NaN or infinity if there is one.
 float absmax(const float* w, int64_t count);
 
 bool bad_scale(float scale);  // not a positive finite number
 
-// Row `row` of w as float32; false (and *col) if an entry is NaN or infinite.
-bool load_row(const Matrix& w, int64_t row, float* out, int64_t* col);
+// Row `row` of w as float32, in place if it is that already, else in `buffer` [cols].
+const float* view_row(const Matrix& w, int64_t row, float* buffer);
+// Whether all are numbers; else *at is the first NaN or infinity.
+bool all_finite(const float* values, int64_t count, int64_t* at);
 void store(const float* values, int64_t count, DType dtype, void* out, int64_t offset);
 
 // Calls body(group, begin, end) for each group of a row of k inputs, ascending.

@@ -102,11 +102,12 @@ Status pack(const Matrix& w, const float* scale, const Quantization& q, uint8_t*
       if (r % kTileOutputs == 0 && column_bytes) std::memset(tiles, 0, column_bytes);
       if (r >= w.rows) continue;
       int64_t col;
-      if (!load_row(w, r, row.data(), &col)) return error.report({Status::Code::kNotFinite, r, col});
+      const float* weights = view_row(w, r, row.data());
+      if (!all_finite(weights, w.cols, &col)) return error.report({Status::Code::kNotFinite, r, col});
       for_each_group(w.cols, q.group_size, [&](int64_t group, int64_t first, int64_t last) {
         const float s = scale[group * w.rows + r];
         if (bad_scale(s)) return error.report({Status::Code::kBadScale, r, group});
-        assign_levels(quantizer, row.data() + first, last - first, s, level.data() + first);
+        assign_levels(quantizer, weights + first, last - first, s, 1.0f, level.data() + first);
       });
       for (int64_t j = 0; j < w.cols; ++j) {
         const Place at = place(q.grid, r % kTileOutputs, j);

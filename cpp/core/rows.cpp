@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "grid.h"
+#include "kernels/kernel.h"
 
 namespace potqat {
 namespace {
@@ -50,26 +51,20 @@ float read(const void* data, DType dtype, int64_t i) {
 
 }  // namespace
 
-float absmax(const float* w, int64_t count) {
-  int32_t most = 0;  // bit patterns of non-negative floats are ordered as integers, and integer max vectorizes
-  for (int64_t j = 0; j < count; ++j) {
-    const int32_t magnitude = std::bit_cast<int32_t>(w[j]) & 0x7fffffff;
-    most = magnitude > most ? magnitude : most;
-  }
-  return std::bit_cast<float>(most);
-}
+float absmax(const float* w, int64_t count) { return table_or_scalar().absmax(w, count); }
 
 bool bad_scale(float scale) { return !(scale > 0) || std::isinf(scale); }
 
-bool load_row(const Matrix& w, int64_t row, float* out, int64_t* col) {
+const float* view_row(const Matrix& w, int64_t row, float* buffer) {
   const int64_t start = row * w.row_stride;
-  if (w.dtype == DType::kFloat32 && w.col_stride == 1) {
-    if (w.cols) std::memcpy(out, static_cast<const float*>(w.data) + start, w.cols * sizeof(float));
-  } else {
-    for (int64_t j = 0; j < w.cols; ++j) out[j] = read(w.data, w.dtype, start + j * w.col_stride);
-  }
-  if (std::isfinite(absmax(out, w.cols))) return true;
-  for (*col = 0; std::isfinite(out[*col]); ++*col) {
+  if (w.dtype == DType::kFloat32 && w.col_stride == 1) return static_cast<const float*>(w.data) + start;
+  for (int64_t j = 0; j < w.cols; ++j) buffer[j] = read(w.data, w.dtype, start + j * w.col_stride);
+  return buffer;
+}
+
+bool all_finite(const float* values, int64_t count, int64_t* at) {
+  if (std::isfinite(absmax(values, count))) return true;
+  for (*at = 0; std::isfinite(values[*at]); ++*at) {
   }
   return false;
 }

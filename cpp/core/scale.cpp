@@ -33,7 +33,7 @@ float absmax_scale(float absmax, float top) {
 
 double squared_error(const Quantizer& quantizer, const float* w, const float* importance, int64_t count, float scale,
                      float* level) {
-  assign_levels(quantizer, w, count, scale, level);
+  assign_levels(quantizer, w, count, scale, 1.0f, level);
   double sum = 0;
   for (int64_t j = 0; j < count; ++j) {
     const double error = static_cast<double>(w[j]) - static_cast<double>(level[j]) * scale;
@@ -59,9 +59,10 @@ Status absmax_scales(const Matrix& w, const Quantization& q, float top, bool per
     std::vector<float> row(w.cols);
     for (int64_t r = begin; r < end; ++r) {
       int64_t col;
-      if (!load_row(w, r, row.data(), &col)) return error.report({Status::Code::kNotFinite, r, col});
+      const float* weights = view_row(w, r, row.data());
+      if (!all_finite(weights, w.cols, &col)) return error.report({Status::Code::kNotFinite, r, col});
       for_each_group(w.cols, q.group_size, [&](int64_t group, int64_t first, int64_t last) {
-        scale[group * w.rows + r] = absmax(row.data() + first, last - first);
+        scale[group * w.rows + r] = absmax(weights + first, last - first);
       });
     }
   });
@@ -87,13 +88,12 @@ Status compute_scale(const Matrix& w, const float* importance, const Quantizatio
   parallel(w.rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> row(w.cols), level(w.cols);
     for (int64_t r = begin; r < end; ++r) {
-      int64_t col;
-      load_row(w, r, row.data(), &col);
+      const float* weights = view_row(w, r, row.data());
       for_each_group(w.cols, q.group_size, [&](int64_t group, int64_t first, int64_t last) {
         double errors[kCandidates];
         float* base = scale + group * w.rows + r;
         for (int i = kFirst; i <= kLast; ++i) {
-          errors[i - kFirst] = squared_error(quantizer, row.data() + first, importance ? importance + first : nullptr,
+          errors[i - kFirst] = squared_error(quantizer, weights + first, importance ? importance + first : nullptr,
                                              last - first, candidate(*base, i), level.data());
         }
         if (per_tensor) {

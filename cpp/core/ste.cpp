@@ -1,22 +1,13 @@
 // Fake quantization and its straight-through backward, row by row.
-#include <cmath>
 #include <vector>
 
 #include "grid.h"
+#include "kernels/kernel.h"
 
 namespace potqat {
 namespace {
 
 constexpr int64_t kRowGrain = 16;
-// dscale is summed in this many interleaved lanes, so that it can be vectorized and stays the same sum everywhere.
-constexpr int kLanes = 16;
-
-float lane_sum(const float* lanes) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
-  return sum;
-}
-
 }  // namespace
 
 Status fake_quantize(const Matrix& w, const float* scale, const Quantization& q, void* out,
@@ -24,17 +15,19 @@ Status fake_quantize(const Matrix& w, const float* scale, const Quantization& q,
   const Quantizer& quantizer = potqat::quantizer(q.grid, q.rounding);
   FirstError error;
   parallel(w.rows, kRowGrain, [&](int64_t begin, int64_t end) {
-    std::vector<float> row(w.cols), level(w.cols);
+    const bool direct = w.dtype == DType::kFloat32;
+    std::vector<float> buffer(direct && w.col_stride == 1 ? 0 : w.cols), cast(direct ? 0 : w.cols);
     for (int64_t r = begin; r < end; ++r) {
       int64_t col;
-      if (!load_row(w, r, row.data(), &col)) return error.report({Status::Code::kNotFinite, r, col});
+      const float* row = view_row(w, r, buffer.data());
+      if (!all_finite(row, w.cols, &col)) return error.report({Status::Code::kNotFinite, r, col});
+      float* result = direct ? static_cast<float*>(out) + r * w.cols : cast.data();
       for_each_group(w.cols, q.group_size, [&](int64_t group, int64_t first, int64_t last) {
         const float s = scale[group * w.rows + r];
         if (bad_scale(s)) return error.report({Status::Code::kBadScale, r, group});
-        assign_levels(quantizer, row.data() + first, last - first, s, level.data() + first);
-        for (int64_t j = first; j < last; ++j) level[j] *= s;
+        assign_levels(quantizer, row + first, last - first, s, s, result + first);
       });
-      store(level.data(), w.cols, w.dtype, out, r * w.cols);
+      if (!direct) store(result, w.cols, w.dtype, out, r * w.cols);
     }
   });
   return error.status();
@@ -46,28 +39,24 @@ Status ste_backward(const Matrix& grad, const Matrix& w, const float* scale, con
   const float top = quantizer.top();
   FirstError error;
   parallel(w.rows, kRowGrain, [&](int64_t begin, int64_t end) {
-    std::vector<float> row(w.cols), level(w.cols), g(w.cols);
+    const bool direct = w.dtype == DType::kFloat32;
+    std::vector<float> buffer(w.cols), grad_buffer(w.cols), level(dscale ? w.cols : 0), cast(direct ? 0 : w.cols);
     for (int64_t r = begin; r < end; ++r) {
       int64_t col;
-      if (!load_row(w, r, row.data(), &col)) return error.report({Status::Code::kNotFinite, r, col});
-      load_row(grad, r, g.data(), &col);  // a gradient may be infinite (loss scaling): it passes as it is
+      const float* row = view_row(w, r, buffer.data());
+      if (!all_finite(row, w.cols, &col)) return error.report({Status::Code::kNotFinite, r, col});
+      const float* g = view_row(grad, r, grad_buffer.data());  // may be infinite (loss scaling): it passes as it is
+      float* result = direct ? static_cast<float*>(dw) + r * w.cols : cast.data();
       for_each_group(w.cols, q.group_size, [&](int64_t group, int64_t first, int64_t last) {
         const float s = scale[group * w.rows + r];
         if (bad_scale(s)) return error.report({Status::Code::kBadScale, r, group});
-        if (dscale) {
-          float lanes[kLanes] = {};
-          assign_levels(quantizer, row.data() + first, last - first, s, level.data() + first);
-          for (int64_t j = first; j < last; ++j) {
-            const float v = row[j] / s;
-            lanes[(j - first) % kLanes] += g[j] * (std::fabs(v) <= top ? level[j] - v : level[j]);
-          }
-          dscale[group * w.rows + r] = lane_sum(lanes);
-        }
-        if (clip) {
-          for (int64_t j = first; j < last; ++j) g[j] = std::fabs(row[j]) / s <= top ? g[j] : 0.0f;
-        }
+        float* levels = dscale ? level.data() + first : nullptr;
+        if (dscale) assign_levels(quantizer, row + first, last - first, s, 1.0f, levels);
+        const float sum =
+            table_or_scalar().ste(g + first, row + first, levels, last - first, s, top, clip, result + first);
+        if (dscale) dscale[group * w.rows + r] = sum;
       });
-      store(g.data(), w.cols, w.dtype, dw, r * w.cols);
+      if (!direct) store(result, w.cols, w.dtype, dw, r * w.cols);
     }
   });
   return error.status();

@@ -2,18 +2,20 @@
 // with its own flags. A Decoder turns a line into float levels [inputs of the line][16 outputs].
 // Every output has one accumulator and takes its inputs in ascending order, so all units give the same bits.
 
+namespace potqat {
 namespace {
 
 template <class Decoder>
-void dot_float(const Decoder& decoder, const uint8_t* lines, int64_t line_count, const float* x, int64_t x_stride,
-               int64_t m, float* acc) {
+void dot_column(const Decoder& decoder, const uint8_t* lines, const DotFloat& d, float* acc) {
   alignas(64) float level[Decoder::kInputs * 16];
-  for (int64_t i = 0; i < m * 16; ++i) acc[i] = 0;
-  for (int64_t line = 0; line < line_count; ++line) {
+  for (int64_t r = 0; r < d.m; ++r) {
+    for (int c = 0; c < 16; ++c) acc[r * kWidth + c] = 0;
+  }
+  for (int64_t line = 0; line < d.line_count; ++line) {
     decoder.decode(lines + line * 64, level);
-    for (int64_t r = 0; r < m; ++r) {
-      const float* input = x + r * x_stride + line * Decoder::kInputs;
-      float* sum = acc + r * 16;
+    for (int64_t r = 0; r < d.m; ++r) {
+      const float* input = d.x + r * d.x_stride + line * Decoder::kInputs;
+      float* sum = acc + r * kWidth;
       for (int j = 0; j < Decoder::kInputs; ++j) {
         for (int c = 0; c < 16; ++c) sum[c] += input[j] * level[j * 16 + c];
       }
@@ -47,13 +49,16 @@ struct Decode8 {
   }
 };
 
-void dot4_float(const uint8_t* lines, int64_t line_count, const int8_t levels[16], const float* x, int64_t x_stride,
-                int64_t m, float* acc) {
-  dot_float(Decode4(levels), lines, line_count, x, x_stride, m, acc);
-}
-
-void dot8_float(const uint8_t* lines, int64_t line_count, const float* x, int64_t x_stride, int64_t m, float* acc) {
-  dot_float(Decode8(), lines, line_count, x, x_stride, m, acc);
+void dot_float(const DotFloat& d) {
+  for (int column = 0; column < d.columns; ++column) {
+    const uint8_t* lines = d.lines + column * d.column_bytes;
+    if (d.levels) {
+      dot_column(Decode4(d.levels), lines, d, d.acc + 16 * column);
+    } else {
+      dot_column(Decode8(), lines, d, d.acc + 16 * column);
+    }
+  }
 }
 
 }  // namespace
+}  // namespace potqat

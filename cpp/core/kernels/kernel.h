@@ -5,36 +5,83 @@
 
 namespace potqat {
 
-constexpr int kMaxTableRows = 64;  // rows of activations a caller passes at most
+constexpr int kMaxRows = 256;             // rows of activations in one call at most
+constexpr int kMaxColumns = 4;            // columns of tiles (16 outputs each) in one call at most
+constexpr int kWidth = 16 * kMaxColumns;  // elements from one row of acc or y to the next
+constexpr int kRowPadding = 16;           // q, x and acc have room for whole multiples of so many rows
 
-// The dot functions work on one column of tiles (16 outputs) and a run of lines; see potqat.h for the layout.
-// `levels` is the signed value of each nibble. acc is [m][16].
+// A block of the integer product: a run of lines (see potqat.h) of neighbouring columns of tiles, and rows of q.
+//   acc[r * kWidth + 16 * column + c] = sum over the run's inputs of level * q[r * q_stride + input], exact.
+struct Dot {
+  const uint8_t* lines;  // the run's first line in the first column
+  int64_t column_bytes;  // from one column of tiles to the next
+  int columns;           // 1 .. kMaxColumns
+  int64_t line_count;    // of 8 inputs, or 4 for int8
+  bool whole_tiles;      // the run starts at a tile, and what follows it in its last tile is zero
+  const int8_t* levels;  // signed value of each nibble; null: the codes are int8 levels themselves
+  const int8_t* q;       // first input of the run
+  int64_t q_stride;
+  const int32_t* q_sum;  // sum of q over the run: kernels that bias an unsigned operand take it off again
+  int64_t q_sum_stride;
+  int64_t m;  // 1 .. kMaxRows
+  int32_t* acc;
+};
+
+// The same with float activations: products are rounded, then added, inputs ascending.
+struct DotFloat {
+  const uint8_t* lines;
+  int64_t column_bytes;
+  int columns;
+  int64_t line_count;
+  const int8_t* levels;
+  const float* x;
+  int64_t x_stride;
+  int64_t m;
+  float* acc;
+};
+
+// A grid with a rounding: level i for thresholds[i - 1] <= v < thresholds[i]. `unit_steps`: levels are 0, 1, 2, ...;
+// `half_steps`: and threshold i is i + 0.5.
+struct Levels {
+  const float* levels;      // ascending, levels[0] = 0
+  const float* thresholds;  // one fewer
+  int count;
+  bool unit_steps, half_steps;
+};
+
 struct KernelTable {
   const char* name;
   bool (*supported)();
-  // acc[r][c] = sum over the lines' inputs of level * q[r * q_stride + input], exact.
-  // q_sum[r * q_sum_stride] is the sum of those q: kernels that bias their unsigned operand take it off again.
-  void (*dot4)(const uint8_t* lines, int64_t line_count, const int8_t levels[16], const int8_t* q, int64_t q_stride,
-               const int32_t* q_sum, int64_t q_sum_stride, int64_t m, int32_t* acc);
-  void (*dot8)(const uint8_t* lines, int64_t line_count, const int8_t* q, int64_t q_stride, const int32_t* q_sum,
-               int64_t q_sum_stride, int64_t m, int32_t* acc);
-  // acc[r][c] = sum of x * level in float32, k ascending, every product rounded before it is added.
-  void (*dot4_float)(const uint8_t* lines, int64_t line_count, const int8_t levels[16], const float* x,
-                     int64_t x_stride, int64_t m, float* acc);
-  void (*dot8_float)(const uint8_t* lines, int64_t line_count, const float* x, int64_t x_stride, int64_t m, float* acc);
+  void (*dot)(const Dot& block);
+  void (*dot_float)(const DotFloat& block);
+  // Largest magnitude (its bits ordered as integers: infinity above all numbers, NaN above infinity).
+  float (*absmax)(const float* x, int64_t count);
   // q = clamp(round-half-even(x / scale), low, high) + zero_point, for finite x.
   void (*quantize)(const float* x, int64_t count, float scale, float low, float high, int32_t zero_point, int8_t* q);
-  // y[r][c] += float(acc[r][c]) * (s_x[r] * s_w[c]), every operation rounded.
-  void (*add_scaled)(const int32_t* acc, int64_t m, const float* s_x, const float s_w[16], float* y);
+  int32_t (*sum)(const int8_t* q, int64_t count);
+  // y[r][c] = (first ? 0 : y[r][c]) + float(acc[r][c]) * (s_x[r] * s_w[c]), and + bias[c] if not null; every
+  // operation rounded. `width` outputs, at most kWidth.
+  void (*scale)(const int32_t* acc, int64_t m, int width, const float* s_x, const float* s_w, const float* bias,
+                bool first, float* y, int64_t y_stride);
+  // out = factor * signed level of w / scale.
+  void (*assign)(const Levels& levels, const float* w, int64_t count, float scale, float factor, float* out);
+  // Straight-through gradient, see potqat.h: dw = g, or 0 beyond the top level if clip. Returns d/dscale, summed in 16
+  // interleaved lanes (the same sum everywhere), or 0 if level is null; level: the signed levels of w / scale.
+  float (*ste)(const float* g, const float* w, const float* level, int64_t count, float scale, float top, bool clip,
+               float* dw);
 };
 
 extern const KernelTable kScalarTable;
 #ifdef POTQAT_X86
 extern const KernelTable kAvx2Table;
 extern const KernelTable kAvx512VnniTable;
+extern const KernelTable kAvx512VbmiTable;
+extern const KernelTable kAmxTable;
 #endif
 
 // The active table, or null if POTQAT_ISA is wrong (dispatch.cpp).
 const KernelTable* active_table();
+// The same, or the scalar table: for what runs before anybody can be told.
+const KernelTable& table_or_scalar();
 
 }  // namespace potqat

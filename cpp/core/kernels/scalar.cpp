@@ -1,6 +1,9 @@
 // The truth: shifts and adds, one weight at a time. Always built; every other table equals it bit for bit.
+#include <string.h>
+
 #include "kernel.h"
 
+#include "assign.inl"
 #include "elementwise.inl"
 #include "float_lines.inl"
 
@@ -18,33 +21,26 @@ int32_t shift_add(int32_t q, int level) {
   return level < 0 ? -sum : sum;
 }
 
-void dot4(const uint8_t* lines, int64_t line_count, const int8_t levels[16], const int8_t* q, int64_t q_stride,
-          const int32_t*, int64_t, int64_t m, int32_t* acc) {
-  for (int64_t r = 0; r < m; ++r) {
-    for (int c = 0; c < 16; ++c) {
-      int32_t sum = 0;
-      for (int64_t line = 0; line < line_count; ++line) {
-        const int8_t* input = q + r * q_stride + line * 8;
-        for (int i = 0; i < 4; ++i) {
-          const uint8_t byte = lines[line * 64 + 4 * c + i];
-          sum += shift_add(input[i], levels[byte & 15]) + shift_add(input[4 + i], levels[byte >> 4]);
-        }
+// One output: its four bytes of each line.
+int32_t dot_output(const Dot& d, const uint8_t* bytes, const int8_t* q) {
+  int32_t sum = 0;
+  for (int64_t line = 0; line < d.line_count; ++line) {
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t byte = bytes[line * 64 + i];
+      if (d.levels) {
+        sum += shift_add(q[line * 8 + i], d.levels[byte & 15]) + shift_add(q[line * 8 + 4 + i], d.levels[byte >> 4]);
+      } else {
+        sum += shift_add(q[line * 4 + i], static_cast<int8_t>(byte));
       }
-      acc[r * 16 + c] = sum;
     }
   }
+  return sum;
 }
 
-void dot8(const uint8_t* lines, int64_t line_count, const int8_t* q, int64_t q_stride, const int32_t*, int64_t,
-          int64_t m, int32_t* acc) {
-  for (int64_t r = 0; r < m; ++r) {
-    for (int c = 0; c < 16; ++c) {
-      int32_t sum = 0;
-      for (int64_t line = 0; line < line_count; ++line) {
-        const int8_t* input = q + r * q_stride + line * 4;
-        for (int i = 0; i < 4; ++i) sum += shift_add(input[i], static_cast<int8_t>(lines[line * 64 + 4 * c + i]));
-      }
-      acc[r * 16 + c] = sum;
+void dot(const Dot& d) {
+  for (int64_t r = 0; r < d.m; ++r) {
+    for (int c = 0; c < 16 * d.columns; ++c) {
+      d.acc[r * kWidth + c] = dot_output(d, d.lines + c / 16 * d.column_bytes + c % 16 * 4, d.q + r * d.q_stride);
     }
   }
 }
@@ -53,6 +49,6 @@ bool supported() { return true; }
 
 }  // namespace
 
-const KernelTable kScalarTable = {"scalar", supported, dot4, dot8, dot4_float, dot8_float, quantize, add_scaled};
+const KernelTable kScalarTable = {"scalar", supported, dot, dot_float, absmax, quantize, sum, scale, assign, ste};
 
 }  // namespace potqat

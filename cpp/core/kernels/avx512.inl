@@ -1,0 +1,155 @@
+// The AVX-512 kernels, written once over how levels are looked up: included by the units with and without VBMI, which
+// define `Nibbles` (see avx512vnni.cpp) before.
+//
+// A line is one vector: four inputs of 16 outputs a part. vpdpbusd multiplies it by one broadcast dword of activations.
+// It wants its first operand unsigned, so levels are biased by 64 (bytes by 128) and the bias times the sum of the
+// activations is taken off; sums wrap modulo 2^32, so this is exact.
+//
+// Few rows: the weights are read once, looked up and used, four columns of tiles at a time so that enough sums are
+// under way. More rows: a panel of lines is looked up once, kept in the first-level cache, and used for all rows.
+
+// Loops over registers must be gone before GCC decides what lives in memory.
+#define UNROLL _Pragma("GCC unroll 8")
+
+namespace potqat {
+namespace {
+
+constexpr int kFewRows = 6;      // 6 x 4 sums, 4 operands and a broadcast fill the 32 registers
+constexpr int kPanelLines = 32;  // 16 KiB of looked-up operands
+constexpr int kPanelParts = 2 * kPanelLines;
+
+__m512i broadcast4(const int8_t* q) {
+  int32_t dword;
+  memcpy(&dword, q, 4);
+  return _mm512_set1_epi32(dword);
+}
+
+// Decoders turn a line into unsigned operands: kParts vectors of four inputs each.
+struct Bytes {
+  static constexpr int kParts = 1, kBias = 128;
+  void decode(__m512i bytes, __m512i part[kParts]) const {
+    part[0] = _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(128)));
+  }
+};
+
+// acc = (or +=) sums of ROWS rows and COLUMNS columns, less the bias at the end.
+template <int ROWS, int COLUMNS>
+void store_sums(const __m512i sum[ROWS][COLUMNS], const Dot& d, int64_t row, int32_t bias, int32_t* acc) {
+  UNROLL for (int r = 0; r < ROWS; ++r) {
+    const uint32_t off = static_cast<uint32_t>(bias) * static_cast<uint32_t>(d.q_sum[(row + r) * d.q_sum_stride]);
+    const __m512i offset = _mm512_set1_epi32(static_cast<int32_t>(off));
+    UNROLL for (int c = 0; c < COLUMNS; ++c) {
+      _mm512_storeu_si512(acc + (row + r) * kWidth + 16 * c, _mm512_sub_epi32(sum[r][c], offset));
+    }
+  }
+}
+
+template <int ROWS, int COLUMNS, class Decoder>
+void few_rows(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32_t* acc) {
+  constexpr int kParts = Decoder::kParts;
+  // With few sums under way each part has its own, or they would wait for each other.
+  constexpr int kChains = ROWS * COLUMNS < 8 ? kParts : 1;
+  __m512i sum[kChains][ROWS][COLUMNS], part[kParts];
+  for (auto& chain : sum) {
+    for (auto& row : chain) {
+      for (auto& s : row) s = _mm512_setzero_si512();
+    }
+  }
+  for (int64_t line = 0; line < d.line_count; ++line) {
+    UNROLL for (int c = 0; c < COLUMNS; ++c) {
+      decoder.decode(_mm512_loadu_si512(lines + c * d.column_bytes + line * 64), part);
+      UNROLL for (int r = 0; r < ROWS; ++r) {
+        UNROLL for (int p = 0; p < kParts; ++p) {
+          const __m512i input = broadcast4(d.q + r * d.q_stride + (line * kParts + p) * 4);
+          sum[p % kChains][r][c] = _mm512_dpbusd_epi32(sum[p % kChains][r][c], part[p], input);
+        }
+      }
+    }
+  }
+  for (int chain = 1; chain < kChains; ++chain) {
+    UNROLL for (int r = 0; r < ROWS; ++r) {
+      UNROLL for (int c = 0; c < COLUMNS; ++c) sum[0][r][c] = _mm512_add_epi32(sum[0][r][c], sum[chain][r][c]);
+    }
+  }
+  store_sums<ROWS, COLUMNS>(sum[0], d, 0, Decoder::kBias, acc);
+}
+
+// ROWS rows times a panel [parts][COLUMNS]; `first`: acc holds nothing yet, `bias` is taken off after the last panel.
+template <int ROWS, int COLUMNS>
+void panel_rows(const __m512i* panel, int64_t parts, const Dot& d, int64_t row, const int8_t* q, bool first,
+                int32_t bias, int32_t* acc) {
+  __m512i sum[ROWS][COLUMNS];
+  UNROLL for (int r = 0; r < ROWS; ++r) {
+    UNROLL for (int c = 0; c < COLUMNS; ++c) {
+      sum[r][c] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(acc + (row + r) * kWidth + 16 * c);
+    }
+  }
+  for (int64_t p = 0; p < parts; ++p) {
+    __m512i part[COLUMNS];
+    UNROLL for (int c = 0; c < COLUMNS; ++c) part[c] = _mm512_load_si512(panel + p * COLUMNS + c);
+    UNROLL for (int r = 0; r < ROWS; ++r) {
+      const __m512i input = broadcast4(q + r * d.q_stride + 4 * p);
+      UNROLL for (int c = 0; c < COLUMNS; ++c) sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], part[c], input);
+    }
+  }
+  store_sums<ROWS, COLUMNS>(sum, d, row, bias, acc);
+}
+
+template <int COLUMNS, class Decoder>
+void many_rows(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32_t* acc) {
+  constexpr int kParts = Decoder::kParts;
+  alignas(64) __m512i panel[kPanelParts * COLUMNS];
+  const int64_t step = kPanelParts / kParts;
+  for (int64_t line = 0; line == 0 || line < d.line_count; line += step) {
+    const int64_t count = d.line_count - line < step ? d.line_count - line : step;
+    for (int64_t l = 0; l < count; ++l) {
+      UNROLL for (int c = 0; c < COLUMNS; ++c) {
+        __m512i part[kParts];
+        decoder.decode(_mm512_loadu_si512(lines + c * d.column_bytes + (line + l) * 64), part);
+        UNROLL for (int p = 0; p < kParts; ++p) panel[(l * kParts + p) * COLUMNS + c] = part[p];
+      }
+    }
+    const int32_t bias = line + count >= d.line_count ? Decoder::kBias : 0;
+    const auto rows = [&]<int ROWS>(int64_t r) {
+      const int8_t* q = d.q + r * d.q_stride + line * kParts * 4;
+      panel_rows<ROWS, COLUMNS>(panel, count * kParts, d, r, q, line == 0, bias, acc);
+    };
+    int64_t r = 0;
+    for (; r + kFewRows <= d.m; r += kFewRows) rows.template operator()<kFewRows>(r);
+    for (; r + 2 <= d.m; r += 2) rows.template operator()<2>(r);
+    for (; r < d.m; ++r) rows.template operator()<1>(r);
+  }
+}
+
+template <int COLUMNS, class Decoder>
+void dot_columns(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32_t* acc) {
+  switch (d.m) {
+    case 1:
+      return few_rows<1, COLUMNS>(decoder, d, lines, acc);
+    case 2:
+      return few_rows<2, COLUMNS>(decoder, d, lines, acc);
+    case 3:
+      return few_rows<3, COLUMNS>(decoder, d, lines, acc);
+    case 4:
+      return few_rows<4, COLUMNS>(decoder, d, lines, acc);
+    case 5:
+      return few_rows<5, COLUMNS>(decoder, d, lines, acc);
+    case 6:
+      return few_rows<6, COLUMNS>(decoder, d, lines, acc);
+    default:
+      return many_rows<COLUMNS>(decoder, d, lines, acc);
+  }
+}
+
+template <class Decoder>
+void dot_with(const Decoder& decoder, const Dot& d) {
+  if (d.columns == kMaxColumns) return dot_columns<kMaxColumns>(decoder, d, d.lines, d.acc);
+  for (int c = 0; c < d.columns; ++c) {
+    dot_columns<1>(decoder, d, d.lines + c * d.column_bytes, d.acc + 16 * c);
+  }
+}
+
+void dot(const Dot& d) { d.levels ? dot_with(Nibbles(d.levels), d) : dot_with(Bytes(), d); }
+
+}  // namespace
+}  // namespace potqat
