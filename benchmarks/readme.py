@@ -59,8 +59,49 @@ def results() -> str:
         "| step | ms | of float |",
         "|---|---|---|",
         *(f"| {name} | {f['milliseconds']:.1f} | {f['ratio']:.2f} |" for name, f in step["figures"].items()),
+        "",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines + _footprint())
+
+
+def _footprint() -> list[str]:
+    report = json.loads((RESULTS / "footprint.json").read_text(encoding="utf-8"))
+    bare = [f["memory"]["bare"]["rss"] / 1e6 for m in report["models"].values() for f in m["settings"].values()]
+    lines = [
+        "What a model takes on disk, and what loading it adds to the memory of a new process "
+        f"(`benchmarks/footprint.py`, transformers {report['machine']['transformers']}, {report['machine']['isa']}):",
+        "",
+        "| model | bytes on disk | of fp32 | of bf16 | codes + scales + rest | loaded | after a pass | peak |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, model in report["models"].items():
+        for setting, figure in model["settings"].items():
+            size, (before, loaded, after) = figure["bytes"], figure["memory"].values()
+            disk = size["disk"]
+            grown = [[state[kind] - before[kind] for kind in ("file", "anonymous")] for state in (loaded, after)]
+            cells = [
+                f"{name}, {setting}",
+                f"{disk:,}",
+                *(f"{disk / (width * model['parameters']):.1%}" for width in (4, 2)),
+                _megabytes(size["codes"], size["scales"], disk - size["codes"] - size["scales"]),
+                *(_megabytes(*parts) for parts in grown),
+                _megabytes(after["peak"] - before["rss"]),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        "Sums are in MB (10^6 bytes). Memory is resident set, file-backed + anonymous, above that of the same process "
+        f"without the model ({min(bare):.0f} MB for potqat.models.gpt, up to {max(bare):.0f} MB with transformers). "
+        "Packed files are mapped, checked and used in place; float ones are mapped, too, and read by the first pass, "
+        f"of {report['forward_tokens']} tokens. Until it has loaded, transformers maps a file a second time, and the peak "
+        "counts those pages twice. Scales are float32: 1 bit a weight in groups of 32. GPT-2 has random weights here, "
+        "SmolLM2-135M is the pretrained one.",
+    ]
+
+
+def _megabytes(*counts: int) -> str:
+    return " + ".join(f"{count / 1e6:.1f}" for count in counts)
 
 
 def with_results(readme: str) -> str:
