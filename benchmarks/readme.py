@@ -95,8 +95,8 @@ def _footprint() -> list[str]:
         f"without the model ({min(bare):.0f} MB for potqat.models.gpt, up to {max(bare):.0f} MB with transformers). "
         "Packed files are mapped, checked and used in place; float ones are mapped, too, and read by the first pass, "
         f"of {report['forward_tokens']} tokens. Until it has loaded, transformers maps a file a second time, and the "
-        "peak counts those pages twice. Scales are float32: 1 bit a weight in groups of 32. GPT-2 has random weights here, "
-        "SmolLM2-135M is the pretrained one.",
+        "peak counts those pages twice. Scales are float32: 1 bit a weight in groups of 32. GPT-2 has random weights "
+        "here, SmolLM2-135M is the pretrained one.",
     ]
 
 
