@@ -50,7 +50,7 @@ def test_vector_code_stays_in_its_units():
     if "x86-64" not in listing:
         pytest.skip("not an x86-64 library")
     owners = [block.split("\n", 1)[0] for block in listing.split("\n\n") if re.search(r"%[yz]mm\d", block)]
-    assert any("dot4" in owner for owner in owners)
+    assert any("::dot(" in owner for owner in owners)
     assert not [owner for owner in owners if "(anonymous namespace)" not in owner]
 
 
