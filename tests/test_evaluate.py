@@ -257,6 +257,7 @@ def text_reference():
 
 
 def test_a_text_is_tokenized_whole_and_the_protocol_is_named(tokenizer, text, text_model, capfd, caplog):
+    importlib.import_module("transformers").logging.set_verbosity_warning()  # the command line sets another
     plan = plan_text(text, tokenizer, model="small", max_context=32)
     raw = text.read_bytes().decode()
     assert "".join(tokenizer.batch_decode(plan.tokens)) == raw

@@ -57,5 +57,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, status: int) -> int:
-    print(f"potqat: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"potqat: {' '.join(str(error).split()).removeprefix('potqat: ')}", file=sys.stderr)
     return status

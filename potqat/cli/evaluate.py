@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from potqat.cli import threads
 from potqat.cli.errors import Stopped, Usage
 
 
@@ -15,66 +16,68 @@ def add(verbs) -> None:
         help="perplexity, distance to a float model, lm-eval tasks",
         description="Measure a model on a text: perplexity a token over windows of --context tokens, and with "
         "--reference the KL divergence from a float model and how often both rank the same token first.",
-        epilog="example: potqat eval gpt2-e2m1 --text wikitext2-test.txt --reference gpt2 --tokens 32768 --context 512",
+        epilog="example: potqat eval gpt2-e2m1 --text wikitext2-test.txt --reference gpt2 --context 512",
     )
     parser.add_argument("model", metavar="MODEL", help="packed folder, or hub name, folder, GGUF file, nanoGPT ckpt.pt")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on")
     parser.add_argument("--tokens", type=int, metavar="N", help="use the first N tokens of the text (default: all)")
     parser.add_argument(
-        "--context", type=int, metavar="N", help="tokens a window (default: 2048 or the model's maximum)"
+        "--context", type=int, metavar="N", help="tokens a window (default: 2048, or what the model takes if less)"
     )
     parser.add_argument("--stride", type=int, metavar="N", help="tokens from window to window (default: the context)")
-    parser.add_argument("--reference", metavar="MODEL", help="float model to compare with, of the same tokenizer")
     parser.add_argument(
-        "--lm-eval", metavar="TASK,TASK", type=lambda names: names.split(","), help="tasks of EleutherAI's lm-eval"
+        "--reference", metavar="MODEL", help="model to compare with, of the same tokenizer (default: none)"
     )
+    parser.add_argument(
+        "--lm-eval", metavar="TASK,TASK", type=lambda names: names.split(","),
+        help="tasks of EleutherAI's lm-eval, with or without --text",
+    )  # fmt: skip
     parser.add_argument("--lm-eval-path", type=Path, metavar="DIR", help="folder with lm-eval task files of your own")
     parser.add_argument("--limit", type=int, metavar="N", help="documents of each lm-eval task (default: all)")
     parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE.json",
-        help="write the result there; an interrupted run goes on where it stopped",
+        "--out", type=Path, metavar="FILE.json",
+        help="write the result on --text there, too; an interrupted run goes on where it stopped",
+    )  # fmt: skip
+    threads.add(parser)
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="hub name, folder or .txt, as for potqat quantize (default: the model's)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--tokenizer", metavar="NAME", help="as for potqat quantize, where the model has none")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    import torch
-
+    _check(arguments)
+    threads.use(arguments.threads)
     from potqat.flows import evaluate, harness, sources
+    from potqat.flows.text import read_text
+    from potqat.models.gpt import GPTConfig
 
-    if arguments.text is None and arguments.lm_eval is None:
-        raise Usage("nothing to measure: give --text FILE, --lm-eval TASKS, or both")
-    if arguments.text is None and (arguments.reference or arguments.out or arguments.context or arguments.stride):
-        raise Usage("--reference, --context, --stride and --out go with --text FILE")
-    if arguments.lm_eval is None and (arguments.lm_eval_path or arguments.limit):
-        raise Usage("--lm-eval-path and --limit go with --lm-eval TASKS")
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise Usage(f"--threads must be at least 1, got {arguments.threads}")
-        torch.set_num_threads(arguments.threads)
+    if arguments.text is not None:
+        read_text(arguments.text)  # what is wrong with it is said before anything else is read
     source = sources.find(arguments.model)
-    other = sources.find(arguments.reference) if arguments.reference else None
-    tasks = (
-        harness.plan_lm_eval(arguments.lm_eval, arguments.lm_eval_path, arguments.limit) if arguments.lm_eval else None
-    )
-    given = sources.tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    model, tokenizer = sources.load(source)
-    tokenizer = given or tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{arguments.model}: no tokenizer beside the model; name one with --tokenizer")
-    result = {}
+    other = sources.find(arguments.reference) if arguments.reference is not None else None
+    if other and other.vocabulary != source.vocabulary:
+        raise ValueError(
+            f"the reference model has a vocabulary of {other.vocabulary} tokens and the model one of "
+            f"{source.vocabulary}; compare models that share a tokenizer"
+        )
+    tokenizer = sources.tokenizer_for(source, arguments.tokenizer)
+    plan = tasks = None
     if arguments.text is not None:
         plan = evaluate.plan_text(
-            arguments.text, tokenizer, model=source.identity(), max_context=sources.max_context(model),
-            context=arguments.context, stride=arguments.stride, tokens=arguments.tokens,
-            reference=other and other.identity(), out=arguments.out,
+            arguments.text, tokenizer, model=source.identity(), vocabulary=source.vocabulary,
+            max_context=min(model.max_context for model in (source, other) if model), context=arguments.context,
+            stride=arguments.stride, tokens=arguments.tokens, reference=other and other.identity(), out=arguments.out,
         )  # fmt: skip
-        reference = sources.logits_of(sources.load(other)[0]) if other else None
+    if arguments.lm_eval is not None:
+        if isinstance(source.config, GPTConfig):
+            raise ValueError(f"{source.name}: lm-eval takes Hugging Face models, and this is a nanoGPT; use --text")
+        tasks = harness.plan_lm_eval(arguments.lm_eval, arguments.lm_eval_path, arguments.limit)
+    model = sources.load(source)
+    result = {}
+    if plan is not None:
+        reference = sources.logits_of(sources.load(other)) if other else None
         try:
             result = evaluate.evaluate_text(plan, sources.logits_of(model), reference)
         except KeyboardInterrupt as stop:
@@ -83,6 +86,18 @@ def _run(arguments: argparse.Namespace) -> int:
         result["lm_eval"] = harness.run_lm_eval(tasks, model, tokenizer)
     print(json.dumps(result) if arguments.json else _shown(result))
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    def given(*names: str) -> bool:
+        return any(getattr(arguments, name) is not None for name in names)
+
+    if not given("text", "lm_eval"):
+        raise Usage("nothing to measure: give --text FILE, --lm-eval TASKS, or both")
+    if not given("text") and given("reference", "tokens", "context", "stride", "out"):
+        raise Usage("--reference, --tokens, --context, --stride and --out go with --text FILE")
+    if not given("lm_eval") and given("lm_eval_path", "limit"):
+        raise Usage("--lm-eval-path and --limit go with --lm-eval TASKS")
 
 
 def _shown(result: dict) -> str:

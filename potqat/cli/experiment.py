@@ -8,6 +8,7 @@ import json
 
 import torch
 
+from potqat.cli import threads
 from potqat.cli.errors import Stopped, Usage
 from potqat.flows.experiment import ARMS, PRESETS, Experiment
 
@@ -69,7 +70,7 @@ def _add_common(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument(
         "--seed", type=int, default=preset.seed, help="same seed and threads, same result (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    threads.add(parser)
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default=preset.device,
         help="where to train; packed models are always measured on the CPU (default: %(default)s)",
@@ -90,12 +91,9 @@ def _run(preset: Experiment, arguments: argparse.Namespace) -> int:
         experiment = dataclasses.replace(preset, **given)
     except ValueError as error:
         raise Usage(error) from None
-    if arguments.threads is not None and arguments.threads < 1:
-        raise Usage(f"--threads must be at least 1, got {arguments.threads}")
+    threads.use(arguments.threads)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
     try:
         metrics = nanogpt.run(experiment, arguments.out, arguments.data)
     except Interrupted as stop:

@@ -6,7 +6,10 @@ import argparse
 import json
 import sys
 
+from potqat.cli import threads
 from potqat.cli.errors import Usage
+
+LARGEST_SEED = 2**63 - 1
 
 
 def add(verbs) -> None:
@@ -14,55 +17,76 @@ def add(verbs) -> None:
         "generate",
         help="continue a text with a packed or float model",
         description="Continue a text and print the tokens as they come, then the rate of reading the prompt (prefill) "
-        "and of making tokens (decode). MODEL is a folder that potqat quantize wrote, or a float one.",
+        "and of making tokens (decode). MODEL is a folder that potqat quantize wrote, or a float model.",
         epilog="example: potqat generate gpt2-e2m1 --prompt 'The water cycle' --max-new-tokens 50",
     )
     parser.add_argument("model", metavar="MODEL", help="packed folder, or hub name, folder, GGUF file, nanoGPT ckpt.pt")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=100, metavar="N", help="stop after so many tokens (default: %(default)s)"
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T",
         help="0 takes the most likely token, 1 samples from the model's distribution (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--tokenizer", metavar="NAME", help="as for potqat quantize, where the model has none")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="sample among the K most likely tokens; needs --temperature (default: all)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="same seed, same sampled text (default: %(default)s)"
+    )
+    threads.add(parser)
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="hub name, folder or .txt, as for potqat quantize (default: the model's)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end, and no text before")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    threads.use(arguments.threads)
     import torch
 
     from potqat.flows import sources
-    from potqat.flows.continuation import continue_text
+    from potqat.flows.continuation import continue_text, read_prompt
 
-    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("threads", 1)):
-        value = getattr(arguments, name)
-        if value is not None and not value >= least:
-            raise Usage(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if not arguments.prompt:
-        raise Usage("--prompt is empty; give the model something to continue")
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
     source = sources.find(arguments.model)
-    given = sources.tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    model, tokenizer = sources.load(source)
-    tokenizer = given or tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{arguments.model}: no tokenizer beside the model; name one with --tokenizer")
+    tokenizer = sources.tokenizer_for(source, arguments.tokenizer)
+    ids = read_prompt(tokenizer, arguments.prompt, source)
+    model = sources.load(source)
     torch.manual_seed(arguments.seed)
     result = continue_text(
-        model, tokenizer, arguments.prompt, arguments.max_new_tokens, temperature=arguments.temperature,
-        top_k=arguments.top_k, out=None if arguments.json else sys.stdout,
+        model, tokenizer, ids, arguments.max_new_tokens, max_context=source.max_context,
+        temperature=arguments.temperature, top_k=arguments.top_k, out=None if arguments.json else sys.stdout,
     )  # fmt: skip
     if arguments.json:
         print(json.dumps(result))
-    else:
-        print(
-            f"{result['new_tokens']} tokens; prefill {result['prefill_tokens_per_second']:,.0f}, decode "
-            f"{result['decode_tokens_per_second'] or float('nan'):,.1f} tokens/s, {torch.get_num_threads()} threads",
-            file=sys.stderr,
-        )
+        return 0
+    why = f" (the model takes {source.max_context})" if result["stopped_by"] == "context" else ""
+    decode = result["decode_tokens_per_second"]
+    print(
+        f"{result['new_tokens']} tokens{why}; prefill {result['prefill_tokens_per_second']:,.0f}"
+        f"{'' if decode is None else f', decode {decode:,.1f}'} tokens/s, threads: {torch.get_num_threads()}",
+        file=sys.stderr,
+    )
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not arguments.prompt:
+        raise Usage("--prompt is empty; give the model something to continue")
+    if arguments.max_new_tokens < 1:
+        raise Usage(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if arguments.temperature != 0 and not 0.01 <= arguments.temperature <= 100:  # beyond, float32 logits overflow
+        raise Usage(f"--temperature must be 0, or from 0.01 to 100, got {arguments.temperature}")
+    if arguments.top_k is not None and (arguments.top_k < 1 or arguments.temperature == 0):
+        raise Usage(
+            f"--top-k must be at least 1 and goes with a --temperature above 0, got {arguments.top_k} with temperature "
+            f"{arguments.temperature}"
+        )
+    if not 0 <= arguments.seed <= LARGEST_SEED:
+        raise Usage(f"--seed must be in 0..{LARGEST_SEED}, got {arguments.seed}")

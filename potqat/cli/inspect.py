@@ -33,8 +33,7 @@ def add(verbs) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from potqat.flows import inspection, results
-    from potqat.flows.sources import load_packed
+    from potqat.flows import inspection, results, sources
 
     picture = arguments.plot
     if picture is not None:
@@ -45,8 +44,15 @@ def _run(arguments: argparse.Namespace) -> int:
         if not os.access(picture.parent, os.W_OK):
             raise Usage(f"--plot {picture}: no permission to write in {picture.parent}")
         results.require_matplotlib(picture.name)
-    model, _ = load_packed(arguments.folder)
-    found = inspection.inspect(model)
+    folder = Path(arguments.folder)
+    if folder.is_file():
+        raise ValueError(f"{folder}: a file; name the folder that potqat quantize wrote")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; name one that potqat quantize wrote")
+    source = sources.find(arguments.folder)
+    if not source.packed:
+        raise ValueError(f"{folder}: a float model; quantize it first: potqat quantize {folder} --out DIR")
+    found = inspection.inspect(sources.load(source))
     if picture is not None:
         from potqat.flows.inspection_plot import plot
 

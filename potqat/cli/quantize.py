@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from potqat.config import GRIDS, ROUNDINGS, PoTConfig
 
 DEFAULT = PoTConfig()
 FLOAT = "float"  # the word for None on the command line
+SCALES = ("absmax", "mse")  # those that need neither training nor data
 
 
 def add(verbs) -> None:
@@ -33,9 +35,11 @@ def add(verbs) -> None:
         "without calibration, groups of 32 lose least",
     )  # fmt: skip
     parser.add_argument(
-        "--scale", choices=("absmax", "mse"), default=DEFAULT.scale, help="how a scale is found (default: %(default)s)"
+        "--scale", choices=SCALES, default=DEFAULT.scale, help="how a scale is found (default: %(default)s)"
     )
-    parser.add_argument("--rounding", choices=ROUNDINGS, default=DEFAULT.rounding, help="(default: %(default)s)")
+    parser.add_argument(
+        "--rounding", choices=ROUNDINGS, default=DEFAULT.rounding, help="how a level is chosen (default: %(default)s)"
+    )
     parser.add_argument(
         "--activations", choices=(DEFAULT.activations, FLOAT), default=DEFAULT.activations,
         help="what the linear layers compute with (default: %(default)s)",
@@ -45,15 +49,13 @@ def add(verbs) -> None:
         help="levels of embeddings and of a head tied to one (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--skip",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="leave modules of this name or glob float; repeatable",
-    )
+        "--skip", action="append", default=[], metavar="NAME",
+        help="leave modules of this name or glob float, as lm_head; repeatable (default: none)",
+    )  # fmt: skip
     parser.add_argument(
         "--override", action="append", default=[], metavar="NAME:FIELD=VALUE,...",
-        help="other settings for modules of this name or glob, as '*.mlp.*:grid=e2m1,granularity=32'; repeatable",
+        help="other settings for modules of this name or glob, as '*.mlp.*:grid=e2m1,granularity=32'; repeatable "
+        "(default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",
@@ -61,29 +63,38 @@ def add(verbs) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", metavar="NAME",
-        help="tokenizer to store, where the model has none: hub name, folder, or a .txt file whose characters are the "
-        "vocabulary (nanoGPT's character-level data)",
+        help="tokenizer to store: hub name, folder, or a .txt file whose characters are the vocabulary (nanoGPT's "
+        "character-level data) (default: the model's)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    cfg = _config(arguments)
+    out = arguments.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Usage(f"--out {out}: exists and is not an empty folder; name a new one")
     import torch
 
     from potqat.flows import quantize, sources
 
-    cfg = _config(arguments)
-    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
-        raise Usage(f"--out {arguments.out}: exists and is not an empty folder; name a new one")
-    tokenizer = sources.tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    planned = quantize.make_plan(sources.find(arguments.model), cfg, getattr(torch, arguments.dtype))
-    print(
-        f"{arguments.model}: {planned.float_bytes:,} bytes in {arguments.dtype}, {planned.packed_bytes:,} packed; "
-        f"quantizing takes about {planned.peak_bytes / 1e9:.2g} GB of memory",
-        file=sys.stderr,
-    )
-    report, size, tokenizer = quantize.run(planned, arguments.out, tokenizer)
+    source = sources.find(arguments.model)
+    planned = quantize.make_plan(source, cfg, getattr(torch, arguments.dtype))
+    given = arguments.tokenizer
+    tokenizer = sources.tokenizer_of(source) if given is None else sources.tokenizer(given)
+    if given is not None and len(tokenizer) > source.vocabulary:
+        raise ValueError(
+            f"--tokenizer {given}: has {len(tokenizer)} tokens, and {source.name} knows {source.vocabulary}; give the "
+            "one that it was trained with"
+        )
+    with quantize.new_folder(out) as folder:
+        print(
+            f"{source.name}: {planned.float_bytes:,} bytes in {arguments.dtype}, {planned.packed_bytes:,} packed; "
+            f"quantizing takes about {_size(planned.peak_bytes)} of memory",
+            file=sys.stderr,
+        )
+        report, size = quantize.run(planned, folder, tokenizer)
     if arguments.json:
         print(json.dumps(report.to_dict() | {"file_bytes": size, "float_bytes": planned.float_bytes}))
         return 0
@@ -94,12 +105,17 @@ def _run(arguments: argparse.Namespace) -> int:
     if tokenizer is None:
         print("note: no tokenizer beside this model; generate and eval will need --tokenizer")
     elements = planned.float_bytes / planned.dtype.itemsize
+    name = shlex.quote(str(out))
     print(
-        f"{len(report.quantized)} layers quantized, {len(report.skipped)} left float. {arguments.out}: {size:,} bytes, "
+        f"{len(report.quantized)} layers quantized, {len(report.skipped)} left float. {out}: {size:,} bytes, "
         f"{size / (4 * elements):.1%} of float32, {size / (2 * elements):.1%} of bfloat16.\n"
-        f"next: potqat inspect {arguments.out}; potqat generate {arguments.out} --prompt 'Once upon a time'"
+        f"next: potqat inspect {name}; potqat generate {name} --prompt 'Once upon a time'"
     )
     return 0
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
 
 
 def _config(arguments: argparse.Namespace) -> PoTConfig:
@@ -113,7 +129,11 @@ def _config(arguments: argparse.Namespace) -> PoTConfig:
             pairs = [field.split("=") for field in fields.split(",")]
             if not (name and colon) or any(len(pair) != 2 for pair in pairs):
                 raise ValueError(f"--override must be NAME:FIELD=VALUE,...; got {override!r}")
+            if name in overrides:
+                raise ValueError(f"--override {name}: given twice; put its fields in one, with commas")
             overrides[name] = {key: value(text) for key, text in pairs}
+            if (scale := overrides[name].get("scale", DEFAULT.scale)) not in SCALES:
+                raise ValueError(f"--override {name}: scale must be {' or '.join(SCALES)} here, got {scale!r}")
         return PoTConfig(
             grid=arguments.grid,
             granularity=value(arguments.granularity),

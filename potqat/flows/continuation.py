@@ -7,18 +7,38 @@ from typing import Any, TextIO
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from potqat.flows.sources import max_context
+from potqat.flows.sources import Source
 from potqat.models.generate import stream
 from potqat.models.gpt import GPT
+
+
+def read_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, source: Source) -> torch.Tensor:
+    """Token ids int64 [1, T] of a prompt, checked before the model is loaded.
+
+    Raises:
+        ValueError: a prompt without a token, with tokens that the model does not know, or one that leaves no room.
+    """
+    try:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids.long()
+    except Exception as error:  # what a tokenizer raises for a character that it does not know is of no type of its own
+        raise ValueError(f"the tokenizer cannot read the prompt ({error}); leave out what it does not know") from error
+    count, known, most = ids.shape[1], source.vocabulary, source.max_context
+    if count == 0:
+        raise ValueError("the prompt gives no token; give the model something to continue")
+    if int(ids.max()) >= known:
+        raise ValueError(f"the prompt has token {int(ids.max())}, the model knows {known}; give its own tokenizer")
+    if count >= most:
+        raise ValueError(f"the prompt has {count} tokens and the model takes {most}; shorten it")
+    return ids
 
 
 class _Clock(TextStreamer):
     """Prints whole words as tokens come, and notes when each came. The first put is the prompt."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO | None):
-        super().__init__(tokenizer)
+        super().__init__(tokenizer, skip_special_tokens=True)
         self.out, self.times = out, []
 
     def put(self, value: torch.Tensor) -> None:
@@ -33,9 +53,10 @@ class _Clock(TextStreamer):
 def continue_text(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    ids: torch.Tensor,
     max_new_tokens: int,
     *,
+    max_context: int,
     temperature: float = 0.0,
     top_k: int | None = None,
     out: TextIO | None = None,
@@ -43,54 +64,51 @@ def continue_text(
     """Prompt and continuation, and the rates of both.
 
     Args:
-        model: from ``sources``: a GPT or a Hugging Face causal model, in eval mode.
+        model: from ``sources.load``: a GPT or a Hugging Face causal model, in eval mode.
+        ids: int64 [1, T], from ``read_prompt``.
+        max_context: tokens that the model takes. A GPT goes on with the last ones; the others stop there.
         temperature: 0 takes the most likely token.
         top_k: sample among so many; all by default.
         out: where the text goes as it is made; None: nowhere.
 
     Returns:
-        JSON-ready: text, prompt_tokens, new_tokens, prefill_tokens_per_second (until the first new token is there),
-        decode_tokens_per_second (the tokens after it; None if there is none).
-
-    Raises:
-        ValueError: a prompt without a token, with tokens that the model does not know, or one that leaves no room.
+        JSON-ready: text, prompt_tokens, new_tokens, stopped_by ("max_new_tokens", "end" if the model ended the text, or
+        "context"), prefill_tokens_per_second (until the first new token is there), decode_tokens_per_second (the tokens
+        after it; None if there is none).
     """
-    try:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids.long()  # (1, T)
-    except Exception as error:  # what a tokenizer raises for a character that it does not know is of no type of its own
-        raise ValueError(f"the tokenizer cannot read the prompt: {error}") from error
-    count, most = ids.shape[1], max_context(model)
-    vocabulary = model.config.vocab_size
-    if count == 0:
-        raise ValueError("the prompt gives no token; give the model something to continue")
-    if int(ids.max()) >= vocabulary:
-        raise ValueError(f"the prompt has token {int(ids.max())}, the model knows {vocabulary}; give its own tokenizer")
-    if count >= most:
-        raise ValueError(f"the prompt has {count} tokens and the model takes {most}; shorten it")
-    clock = _Clock(tokenizer, out)
+    count, clock = ids.shape[1], _Clock(tokenizer, out)
     begin = time.perf_counter()
-    if isinstance(model, GPT):
-        clock.put(ids)
-        made = []
-        for token in stream(model, ids, max_new_tokens, context=most, temperature=temperature, top_k=top_k):
-            clock.put(token[0])
-            made.append(token)
-        clock.end()
-        ids = torch.cat([ids, *made], dim=1)
-    else:
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_k": top_k or 0}
-            if temperature
-            else {"do_sample": False}
-        )
-        room = min(max_new_tokens, most - count)
-        mask = torch.ones_like(ids)
-        ids = model.generate(ids, attention_mask=mask, max_new_tokens=room, streamer=clock, **sampling)
+    try:
+        if isinstance(model, GPT):
+            clock.put(ids)
+            made = []
+            for token in stream(model, ids, max_new_tokens, context=max_context, temperature=temperature, top_k=top_k):
+                clock.put(token[0])
+                made.append(token)
+            clock.end()
+            ids = torch.cat([ids, *made], dim=1)
+        else:
+            # The arguments say how to sample; top_p or penalties that came with the model would change that unseen.
+            own = model.generation_config
+            model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+            options = {"do_sample": False}
+            if temperature:
+                options = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0}
+            room = min(max_new_tokens, max_context - count)
+            mask = torch.ones_like(ids)
+            ids = model.generate(ids, attention_mask=mask, max_new_tokens=room, streamer=clock, **options)
+    except KeyboardInterrupt:
+        if out is not None:
+            print(file=out)  # what comes next starts a line of its own
+        raise
     first, *later = clock.times[1:]
+    new = ids.shape[1] - count
+    whole = new == max_new_tokens
     return {
-        "text": tokenizer.decode(ids[0]),
+        "text": tokenizer.decode(ids[0], skip_special_tokens=True),
         "prompt_tokens": count,
-        "new_tokens": ids.shape[1] - count,
+        "new_tokens": new,
+        "stopped_by": "max_new_tokens" if whole else "context" if ids.shape[1] == max_context else "end",
         "prefill_tokens_per_second": count / (first - begin),
         "decode_tokens_per_second": len(later) / (later[-1] - first) if later else None,
     }

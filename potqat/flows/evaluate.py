@@ -150,6 +150,7 @@ def plan_text(
     *,
     model: str,
     max_context: int,
+    vocabulary: int | None = None,
     context: int | None = None,
     stride: int | None = None,
     tokens: int | None = None,
@@ -164,6 +165,7 @@ def plan_text(
         model, reference: what identifies the models, down to the weights: an evaluation is resumed only under equal
             names. ``reference`` is None for none.
         max_context: tokens that the model takes at most (of both models, the fewer).
+        vocabulary: tokens that the model knows; None: not checked.
         context: tokens a window; by default 2048, or ``max_context`` where that is less.
         stride: tokens from window to window; the context by default.
         tokens: evaluate the first so many of the text; all by default.
@@ -171,8 +173,9 @@ def plan_text(
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: the text cannot be read, or ``out`` cannot be written.
-        ValueError: a text that is empty, not UTF-8 or shorter than ``tokens`` or one window; a context over
-            ``max_context``; a stride outside 1..context; ``OUT.partial`` of other settings.
+        ValueError: a text that is empty, not UTF-8 or shorter than ``tokens`` or one window, or that the tokenizer
+            cannot read; tokens that the model does not know; a context over ``max_context``; a stride outside
+            1..context; ``OUT.partial`` of other settings.
     """
     name = Path(path).name
     context = min(CONTEXT, max_context) if context is None else context
@@ -182,11 +185,16 @@ def plan_text(
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     if out is not None:
         out = Path(out)
-        if out.is_dir() or not os.access(out.parent, os.W_OK):
+        if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
             raise PermissionError(f"{out}: cannot write the result there; give a file in a folder that can be written")
     text = read_text(path)
-    # verbose=False: a text is longer than the model's context by design; the tokenizer would warn about it
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        # verbose=False: a text is longer than the model's context by design; the tokenizer would warn about it
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # what a tokenizer raises for a character that it does not know is of no type of its own
+        raise ValueError(f"{name}: the tokenizer cannot read it: {error}; give a text that it was made for") from error
+    if vocabulary is not None and ids and max(ids) >= vocabulary:
+        raise ValueError(f"{name}: has token {max(ids)}, and the model knows {vocabulary}; give its own tokenizer")
     if tokens is not None and tokens > len(ids):
         raise ValueError(f"{name}: the text has {len(ids)} tokens and {tokens} are asked for; ask for fewer or for all")
     used = torch.tensor(ids[:tokens], dtype=torch.int64)

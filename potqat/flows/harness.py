@@ -35,15 +35,18 @@ def plan_lm_eval(
         limit: evaluate only the first so many documents of each task; all by default.
 
     Raises:
-        ValueError: lm-eval is not installed, no task is given, one is unknown, or ``limit`` is below 1.
+        ValueError: lm-eval is not installed, no task is given, one is unknown, ``include_path`` is no folder, or
+            ``limit`` is below 1.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 document a task, got {limit}")
+    if not any(tasks):
+        raise ValueError("no lm-eval task given; list them with: lm-eval ls tasks")
+    if include_path is not None and not os.path.isdir(include_path):
+        raise ValueError(f"{include_path}: no folder with lm-eval task files; check the path")
     for package in ("lm_eval", "accelerate"):  # lm-eval needs accelerate for Hugging Face models, and leaves it out
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{package} is not installed, and lm-eval tasks need it; run: pip install 'potqat[eval]'")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 document a task, got {limit}")
-    if not tasks:
-        raise ValueError("no lm-eval task given; list them with: lm-eval ls tasks")
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include_path is None else os.fspath(include_path))

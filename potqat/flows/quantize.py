@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +31,7 @@ class Plan:
         skeleton: the float model on the meta device.
         float_bytes: of the float model in memory, in ``dtype``.
         packed_bytes: of the packed model, in memory and (but for a few KB of header) on disk.
+        code_bytes: of the codes and scales in it.
     """
 
     source: sources.Source
@@ -35,13 +40,25 @@ class Plan:
     skeleton: nn.Module
     float_bytes: int
     packed_bytes: int
+    code_bytes: int
 
     @property
     def peak_bytes(self) -> int:
-        """Memory that quantizing takes, besides PyTorch itself: both models, and the largest weight three times in
-        float32 (its copy, what it became, their difference)."""
+        """Memory that the work takes at most, besides PyTorch and transformers; measured, it is within 5%.
+
+        Loading takes the model and what it is made from: nothing more if that is memory-mapped and of the same dtype.
+        Quantizing takes the model, and the codes and scales.
+        """
+        numbers, source = self.float_bytes // self.dtype.itemsize, self.source
         largest = max(parameter.numel() for parameter in self.skeleton.parameters())
-        return self.float_bytes + self.packed_bytes + 3 * 4 * largest
+        if source.kind == "gguf":  # a weight is decoded in two steps, in float32
+            loading = self.float_bytes + source.path.stat().st_size + 2 * 4 * largest
+        elif source.kind == "nanogpt":  # read whole, with the optimizer's moments, into a GPT whose head was its own
+            loading = 4 * (numbers + largest) + source.path.stat().st_size
+        else:
+            stored = source.config.dtype or torch.float32
+            loading = self.float_bytes + (0 if stored == self.dtype else numbers * stored.itemsize)
+        return max(loading, self.float_bytes + self.code_bytes)
 
 
 def make_plan(source: sources.Source, cfg: potqat.PoTConfig, dtype: torch.dtype = torch.float32) -> Plan:
@@ -59,7 +76,8 @@ def make_plan(source: sources.Source, cfg: potqat.PoTConfig, dtype: torch.dtype 
     bytes_of = {
         key: t.numel() * (dtype.itemsize if t.is_floating_point() else t.itemsize) for key, t in tensors.items()
     }
-    return Plan(source, cfg, dtype, skeleton, sum(bytes_of.values()), sum((bytes_of | packed).values()))
+    float_bytes, packed_bytes = sum(bytes_of.values()), sum((bytes_of | packed).values())
+    return Plan(source, cfg, dtype, skeleton, float_bytes, packed_bytes, sum(packed.values()))
 
 
 def _packed_bytes(site: Site) -> int:
@@ -68,25 +86,38 @@ def _packed_bytes(site: Site) -> int:
     return math.prod(ops.packed_shape(site.cfg.grid, n, k)) + 4 * site.cfg.groups(k) * n
 
 
-def run(
-    planned: Plan, out: Path, tokenizer: PreTrainedTokenizerBase | None = None
-) -> tuple[potqat.Report, int, PreTrainedTokenizerBase | None]:
-    """Load, quantize and write the model, and its tokenizer, to the folder ``out``.
-
-    Args:
-        tokenizer: instead of the source's own.
-
-    Returns:
-        the Report, the bytes of the model's files, and the tokenizer that was written (None: the source has none).
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` to write in, which becomes ``out`` at the end, or vanishes if the work fails: what is at
+    ``out`` is whole.
 
     Raises:
-        ValueError: a weight with NaN or infinity.
+        OSError: no folder can be made there.
+    """
+    part = out.with_name(f"{out.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise type(error)(f"{out}: cannot make this folder: {error.strerror}; name another one") from None
+    try:
+        yield part
+        part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def run(planned: Plan, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[potqat.Report, int]:
+    """Load, quantize and write the model, and its tokenizer, to a folder.
+
+    Returns:
+        the Report, and the bytes of the model's files.
+
+    Raises:
+        ValueError: weights that cannot be read, or hold NaN or infinity.
         OSError: reading or writing failed.
     """
-    model, own = sources.load_float(planned.source, planned.skeleton, planned.dtype)
+    model = sources.load(planned.source, planned.dtype)
     report = potqat.quantize_(model, planned.cfg)
-    tokenizer = tokenizer or own
-    out.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
-        tokenizer.save_pretrained(out)
-    return report, potqat.save(model, out), tokenizer
+        tokenizer.save_pretrained(folder)
+    return report, potqat.save(model, folder)
