@@ -96,6 +96,7 @@ def load(folder: str | os.PathLike, model: nn.Module) -> nn.Module:
     dropped, so it may be built on the meta device, where they take no memory.
 
     Raises:
+        ValueError: a buffer that no file holds, as rotary frequencies, is on the meta device, where it has no values.
         FileNotFoundError: no such folder, or no checkpoint in it.
         PoTFormatError: files that are not potqat's, damaged, or do not fit the model. The model is untouched then, and
             nothing large was allocated.
@@ -105,6 +106,12 @@ def load(folder: str | os.PathLike, model: nn.Module) -> nn.Module:
     stored = container.open_folder(folder)
     packed = manifest.build(model, specs, str(folder / CONFIG))
     names = _check_fit(folder, model, packed, stored)
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in names:
+            raise ValueError(
+                f"potqat.load: buffer {name} is on the meta device and in no file, {type(model).__name__} computes it "
+                "when it is built: build the model on the CPU, or load a Hugging Face model with from_pretrained"
+            )
     tensors = container.map_tensors(stored)
     check_values(packed, stored, tensors)
     modules.replace(model, {model.get_submodule(name): module for name, module in packed.items()})

@@ -157,6 +157,14 @@ def test_potqat_load_reads_save_pretrained_and_shards(kind, tmp_path):
     assert torch.equal(logits(sharded, ids()), logits(model, ids()))
 
 
+def test_potqat_load_refuses_a_model_without_its_rotary_frequencies(tmp_path):
+    potqat.save(packed("llama"), tmp_path)
+    with torch.device("meta"):
+        model = make("llama")
+    with pytest.raises(ValueError, match=r"buffer model\.rotary_emb\.inv_freq is on the meta device"):
+        potqat.load(tmp_path, model)
+
+
 def test_the_folder_holds_each_tied_weight_once(tmp_path):
     packed("gpt2").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
