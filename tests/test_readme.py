@@ -42,7 +42,7 @@ def test_commands_and_python_blocks_run_in_order(workplace, capsys, one_thread):
     namespace, printed = {}, {}
     for language, block in BLOCKS:
         if language == "python":
-            exec(compile(block, "README.md", "exec"), namespace)
+            exec(block, namespace)
         for line in block.splitlines() if language == "sh" else ():
             verb, *arguments = shlex.split(line, comments=True)
             assert verb in ("potqat", "make", "pip")  # .ci/run runs the other two
