@@ -29,7 +29,7 @@ CONFIG = "config.json"
 
 
 def save(model: nn.Module, folder: str | os.PathLike) -> int:
-    """Write a model with packed modules to a folder, made if needed; returns the bytes of its two files.
+    """Write a model with packed modules to a folder, made if needed; returns the bytes of config.json and the weights.
 
     Each file is written beside its place and renamed. Other files in the folder (a tokenizer's) stay.
 
@@ -128,17 +128,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        PoTFormatError: it is not a JSON object.
+        PoTFormatError: it is not a JSON object, over 100 MB, or has a key twice.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
             f"potqat: no file {path}; a saved model is a folder with {CONFIG} and {container.WEIGHTS}"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise PoTFormatError(f"{path}: not JSON: {error}") from None
+    config = container.read_json(path)
     if not isinstance(config, dict):
         raise PoTFormatError(f"{path}: must be a JSON object, got {type(config).__name__}")
     return config

@@ -134,9 +134,7 @@ def _check_place(folder: Path, file: Path) -> None:
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:
-    if (size := index.stat().st_size) > MAX_JSON_BYTES:
-        raise PoTFormatError(f"{index}: {size} bytes, {MAX_JSON_BYTES:,} are the most")
-    parsed = _parse_json(index, index.read_bytes())
+    parsed = read_json(index)
     shards = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(shards, dict) or not shards or not all(_is_text(shard) for shard in shards.values()):
         raise PoTFormatError(f"{index}: weight_map must be an object of tensor name -> file name, not empty")
@@ -227,6 +225,17 @@ def _read_entry(file: Path, name: str, entry: Any, data: int, size: int) -> Stor
 
 
 # ---- JSON from strangers ------------------------------------------------------------------------------------
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        PoTFormatError: over 100 MB, not UTF-8 or JSON, nested too deep, or a key that is there twice.
+    """
+    if (size := file.stat().st_size) > MAX_JSON_BYTES:
+        raise PoTFormatError(f"{file}: {size} bytes, {MAX_JSON_BYTES:,} are the most")
+    return _parse_json(file, file.read_bytes())
 
 
 def _parse_json(file: Path, content: bytes) -> Any:

@@ -107,7 +107,9 @@ class PoTHfQuantizer(HfQuantizer):
         checkpoint.check_values(self._packed, stored, tensors)
         for name, module in self._packed.items():
             if not isinstance(module, modules.Tied):
-                module.packed, module.scale = tensors[f"{name}.packed"], tensors[f"{name}.scale"]
+                device = module.packed.device  # that of the device_map; on the CPU nothing is copied
+                module.packed = tensors[f"{name}.packed"].to(device)
+                module.scale = tensors[f"{name}.scale"].to(device)
         _share_mapping(model, tensors)
         return model
 
@@ -169,8 +171,8 @@ def _untie(model: PreTrainedModel) -> None:
 class CausalLogits(nn.Module):
     """A Hugging Face causal language model as token ids int64 [B, T] -> logits [B, T, V], which torch.export takes.
 
-    It passes its own causal mask (transformers' leaves vmap nodes that torchao cannot convert) and no cache. It shares
-    the submodules, and so the parameters and their names, of ``model``: training it trains ``model``.
+    It passes its own causal mask (that of transformers 4.57 holds vmap nodes, which torchao cannot convert) and no
+    cache. It shares the submodules, and so the parameters and their names, of ``model``: training it trains ``model``.
     """
 
     def __init__(self, model: PreTrainedModel):

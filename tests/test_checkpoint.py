@@ -214,7 +214,7 @@ def test_folders_that_cannot_be_trusted(saved, name):
     assert type(model.fc) is torch.nn.Linear
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"potqat"', "[" * 100_000, "\ud800"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"potqat"', "[" * 100_000, "\ud800", '{"a": 1, "a": 2}'])
 def test_a_config_that_is_no_object(saved, text):
     _, folder = saved
     (folder / "config.json").write_bytes(text.encode(errors="surrogatepass"))

@@ -30,7 +30,7 @@ class Plan:
     Attributes:
         skeleton: the float model on the meta device.
         float_bytes: of the float model in memory, in ``dtype``.
-        packed_bytes: of the packed model, in memory and (but for a few KB of header) on disk.
+        packed_bytes: of the packed model, in memory and (but for names and settings, some 100 KB) on disk.
         code_bytes: of the codes and scales in it.
     """
 
