@@ -69,7 +69,7 @@ def quantize_(model: nn.Module, cfg: PoTConfig) -> Report:
             weight with NaN or infinity. The model is untouched then.
     """
     sites = plan(model, cfg)
-    _check_packable(sites)
+    check_packable(sites)
     report = _replace(model, sites, _fake_quant, packed=True)
     _tell_transformers(model)
     return report
@@ -104,7 +104,7 @@ def convert_(model: nn.Module) -> Report:
     ]
     if not sites:
         raise ValueError("potqat.convert_: the model holds no QAT module; call prepare_qat_ first")
-    _check_packable(sites)
+    check_packable(sites)
     report = _replace(model, sites, lambda site: site.module.weight_fake_quant, packed=True)
     _tell_transformers(model)
     model.eval()
@@ -163,7 +163,8 @@ def resolve(name: str, cfg: PoTConfig, table: str | None) -> tuple[PoTConfig | N
     return resolved, "" if resolved else "embedding_grid is None"
 
 
-def _check_packable(sites: list[Site]) -> None:
+def check_packable(sites: list[Site]) -> None:
+    """Raise for a module on a grid without a packed form."""
     for site in sites:
         if site.cfg is not None:
             try:

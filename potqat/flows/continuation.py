@@ -7,7 +7,8 @@ from typing import Any, TextIO
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from potqat.flows.sources import Source
 from potqat.models.generate import stream
@@ -34,20 +35,40 @@ def read_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, source: Source)
     return ids
 
 
-class _Clock(TextStreamer):
-    """Prints whole words as tokens come, and notes when each came. The first put is the prompt."""
+class _Stream(BaseStreamer):
+    """Prints text as tokens come, and notes when each came. The first put is the prompt, ids of shape [1, T].
+
+    What a token says depends on the one before (a space, half a character): each is decoded behind the last ones that
+    were printed, and waits while it ends in half a character. (transformers' TextStreamer starts anew at line ends,
+    where a tokenizer like Llama's then loses a space.)
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO | None):
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self.out, self.times = out, []
+        self.tokenizer, self.out, self.times = tokenizer, out, []
+        self.ids: list[int] = []
+        self.begin = self.printed = 0  # decode from begin; up to printed it has been printed
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
-        super().put(value)
+        self.ids += value.flatten().tolist()
+        self._print(end=False)
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self.out is not None:
-            print(text, end="\n" if stream_end else "", flush=True, file=self.out)
+    def end(self) -> None:
+        self._print(end=True)
+
+    def _print(self, end: bool) -> None:
+        if self.out is None:
+            return
+        before = decode(self.tokenizer, self.ids[self.begin : self.printed])
+        text = decode(self.tokenizer, self.ids[self.begin :])
+        if end or not text.endswith("\ufffd"):
+            print(text[len(before) :], end="\n" if end else "", flush=True, file=self.out)
+            self.begin, self.printed = self.printed, len(self.ids)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of token ids, without special tokens such as <s>."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def continue_text(
@@ -76,16 +97,16 @@ def continue_text(
         "context"), prefill_tokens_per_second (until the first new token is there), decode_tokens_per_second (the tokens
         after it; None if there is none).
     """
-    count, clock = ids.shape[1], _Clock(tokenizer, out)
+    count, printer = ids.shape[1], _Stream(tokenizer, out)
     begin = time.perf_counter()
     try:
         if isinstance(model, GPT):
-            clock.put(ids)
+            printer.put(ids)
             made = []
             for token in stream(model, ids, max_new_tokens, context=max_context, temperature=temperature, top_k=top_k):
-                clock.put(token[0])
+                printer.put(token[0])
                 made.append(token)
-            clock.end()
+            printer.end()
             ids = torch.cat([ids, *made], dim=1)
         else:
             # The arguments say how to sample; top_p or penalties that came with the model would change that unseen.
@@ -96,16 +117,16 @@ def continue_text(
                 options = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0}
             room = min(max_new_tokens, max_context - count)
             mask = torch.ones_like(ids)
-            ids = model.generate(ids, attention_mask=mask, max_new_tokens=room, streamer=clock, **options)
+            ids = model.generate(ids, attention_mask=mask, max_new_tokens=room, streamer=printer, **options)
     except KeyboardInterrupt:
         if out is not None:
             print(file=out)  # what comes next starts a line of its own
         raise
-    first, *later = clock.times[1:]
+    first, *later = printer.times[1:]
     new = ids.shape[1] - count
     whole = new == max_new_tokens
     return {
-        "text": tokenizer.decode(ids[0], skip_special_tokens=True),
+        "text": decode(tokenizer, ids[0].tolist()),
         "prompt_tokens": count,
         "new_tokens": new,
         "stopped_by": "max_new_tokens" if whole else "context" if ids.shape[1] == max_context else "end",

@@ -17,7 +17,7 @@ from torch import nn
 import potqat
 from potqat import ops
 from potqat.flows import sources
-from potqat.quantize import Site, plan
+from potqat.quantize import Site, check_packable, plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,17 +71,19 @@ def make_plan(source: sources.Source, cfg: potqat.PoTConfig, dtype: torch.dtype 
     """
     skeleton = sources.skeleton(source)
     sites = plan(skeleton, cfg)
+    check_packable(sites)
     packed = {id(site.module.weight): _packed_bytes(site) for site in sites if site.cfg is not None}
-    tensors = {id(t): t for t in (*skeleton.parameters(), *skeleton.buffers())}
+    tensors = {id(t): t for t in skeleton.state_dict(keep_vars=True).values()}  # keep_vars: a tied one is one object
     bytes_of = {
         key: t.numel() * (dtype.itemsize if t.is_floating_point() else t.itemsize) for key, t in tensors.items()
     }
-    float_bytes, packed_bytes = sum(bytes_of.values()), sum((bytes_of | packed).values())
-    return Plan(source, cfg, dtype, skeleton, float_bytes, packed_bytes, sum(packed.values()))
+    kept = {id(site.module.weight) for site in sites if site.cfg is None}  # float beside its codes, where tied
+    left = sum(size for key, size in bytes_of.items() if key in kept or key not in packed)
+    codes = sum(packed.values())
+    return Plan(source, cfg, dtype, skeleton, sum(bytes_of.values()), left + codes, codes)
 
 
 def _packed_bytes(site: Site) -> int:
-    ops.check_packable(f"pack {site.name}", site.cfg.grid)
     n, k = site.weight.shape
     return math.prod(ops.packed_shape(site.cfg.grid, n, k)) + 4 * site.cfg.groups(k) * n
 
@@ -113,11 +115,21 @@ def run(planned: Plan, folder: Path, tokenizer: PreTrainedTokenizerBase | None =
         the Report, and the bytes of the model's files.
 
     Raises:
-        ValueError: weights that cannot be read, or hold NaN or infinity.
+        ValueError: weights that cannot be read, or hold NaN or infinity, or a model whose own code needs a float one.
         OSError: reading or writing failed.
     """
     model = sources.load(planned.source, planned.dtype)
     report = potqat.quantize_(model, planned.cfg)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    return report, potqat.save(model, folder)
+    try:
+        with torch.no_grad():
+            sources.logits_of(model)(torch.zeros(1, 1, dtype=torch.int64))
+    except Exception as error:  # as in Mamba's blocks, which multiply with a Linear's weight themselves
+        raise ValueError(
+            f"{planned.source.name}: packed it does not run ({error}); name with --skip what its code reads by itself"
+        ) from error
+    try:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return report, potqat.save(model, folder)
+    except Exception as error:  # of a full disk tokenizers and safetensors say it with types of their own
+        raise OSError(f"{folder.parent}: cannot write a folder there: {error}; make room or name another") from error

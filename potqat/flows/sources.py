@@ -133,8 +133,8 @@ def _hf_config(name: str, kind: str):
     with _reading(name, f"{name}: not a file or folder here, and the hub does not give it" if kind == "hub" else None):
         # False: never run code that came with a model, and do not ask whether to.
         config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **gguf)
-    models = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    made = models[type(config)].__name__ if type(config) in models else None
+        models = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        made = models[type(config)].__name__ if type(config) in models else None
     # transformers makes a causal model of an encoder's weights, too.
     causal = (made, "ForCausalLM", "LMHeadModel")
     named = config.architectures or [made]
@@ -292,7 +292,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     transformers = _transformers(name)
     if not name.endswith(".txt"):
-        if Path(name).is_file() or not (Path(name).is_dir() or HUB_NAME.fullmatch(name)):
+        if not name or Path(name).is_file() or not (Path(name).is_dir() or HUB_NAME.fullmatch(name)):
             raise ValueError(f"the tokenizer {name!r}: no such folder; name a folder, a hub model or a .txt file")
         if found := _tokenizer(name, name):
             return found
