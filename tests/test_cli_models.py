@@ -490,7 +490,7 @@ def test_gguf_files_that_are_none(bad, tmp_path):
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     (line,) = failure(1, "quantize", bad / "no.gguf", "--out", tmp_path / "new")
-    assert "no.gguf: cannot be read, it may be damaged" in line
+    assert f"{bad}/no.gguf: " in line
 
 
 def test_code_that_came_with_a_model_is_never_run_or_asked_about(at, tmp_path):

@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import potqat
-from potqat import checkpoint, manifest
+from potqat import checkpoint, container, manifest
 from potqat.flows.text import read_text
 from potqat.models.gpt import GPT, GPTConfig, load_nanogpt
 
@@ -185,6 +185,8 @@ def load(source: Source, dtype: torch.dtype = torch.float32) -> nn.Module:
     # The configuration is given: to read it from a GGUF file again takes seconds.
     options |= {"config": source.config, "output_loading_info": True}
     if source.packed:
+        if source.kind == "folder":
+            container.open_folder(source.path)  # a damaged file is refused before transformers 4.57 opens it
         from potqat import hf  # noqa: F401  registers the quantizer (import potqat.hf would make potqat a local name)
     else:
         options |= {"dtype": dtype, "ignore_mismatched_sizes": True}  # they are reported, and refused below
@@ -255,8 +257,7 @@ def tokenizer_of(source: Source) -> PreTrainedTokenizerBase | None:
     Raises:
         ValueError, OSError: it cannot be read.
     """
-    folder = source.kind == "folder" and not any((source.path / name).is_file() for name in TOKENIZER_FILES)
-    if source.kind == "nanogpt" or folder or importlib.util.find_spec("transformers") is None:
+    if source.kind == "nanogpt" or importlib.util.find_spec("transformers") is None:
         return None
     place, gguf = _place(source.name, source.kind)
     return _tokenizer(source.name, place, **gguf)
@@ -276,6 +277,9 @@ def tokenizer_for(source: Source, name: str | None) -> PreTrainedTokenizerBase:
 
 
 def _tokenizer(name: str, place: str, **gguf: str) -> PreTrainedTokenizerBase | None:
+    folder = Path(place)
+    if folder.is_dir() and not gguf and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return None
     transformers = _transformers(name)
     with _reading(f"the tokenizer {name}", f"{name}: no tokenizer of this name here, and the hub does not give one"):
         found = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **gguf)
