@@ -1,6 +1,7 @@
 """potqat quantize, generate, eval and inspect on GPT-2, Llama and nanoGPT models, as a new user meets them: what works,
 and one line for what cannot."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import potqat
 from potqat import PoTConfig
-from potqat.cli import main
+from potqat.cli import VERBS, main
 from potqat.flows import continuation, evaluate, sources
 from potqat.models.gpt import GPT, GPTConfig
 
@@ -510,6 +511,18 @@ def test_a_packed_model_that_does_not_run_is_not_written(tmp_path):
     assert "mamba: packed it does not run (" in line
     assert "has no attribute 'weight'); name with --skip what its code reads by itself" in line
     assert [path.name for path in tmp_path.iterdir()] == ["mamba"]
+
+
+@pytest.mark.parametrize("module", VERBS)
+def test_help_says_every_default(module):
+    """Of an option with a value: what happens without it."""
+    verbs = argparse.ArgumentParser().add_subparsers()
+    module.add(verbs)
+    for verb, parser in verbs.choices.items():
+        assert f"example: potqat {verb}" in parser.format_help()
+        for action in parser._actions:
+            if action.option_strings and action.nargs != 0 and not action.required:
+                assert "(default: " in action.help, (verb, action.option_strings)
 
 
 # ---- Stopped, and out of room -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def add(verbs) -> None:
         epilog="example: potqat eval gpt2-e2m1 --text wikitext2-test.txt --reference gpt2 --context 512",
     )
     parser.add_argument("model", metavar="MODEL", help="packed folder, or hub name, folder, GGUF file, nanoGPT ckpt.pt")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: none)")
     parser.add_argument("--tokens", type=int, metavar="N", help="use the first N tokens of the text (default: all)")
     parser.add_argument(
         "--context", type=int, metavar="N", help="tokens a window (default: 2048, or what the model takes if less)"
@@ -30,13 +30,15 @@ def add(verbs) -> None:
     )
     parser.add_argument(
         "--lm-eval", metavar="TASK,TASK", type=lambda names: names.split(","),
-        help="tasks of EleutherAI's lm-eval, with or without --text",
+        help="tasks of EleutherAI's lm-eval, with or without --text (default: none)",
     )  # fmt: skip
-    parser.add_argument("--lm-eval-path", type=Path, metavar="DIR", help="folder with lm-eval task files of your own")
+    parser.add_argument(
+        "--lm-eval-path", type=Path, metavar="DIR", help="folder with lm-eval task files of your own (default: none)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="documents of each lm-eval task (default: all)")
     parser.add_argument(
         "--out", type=Path, metavar="FILE.json",
-        help="write the result on --text there, too; an interrupted run goes on where it stopped",
+        help="write the result on --text there, too, so that an interrupted run can go on (default: none)",
     )  # fmt: skip
     threads.add(parser)
     parser.add_argument(

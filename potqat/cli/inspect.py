@@ -26,8 +26,9 @@ def add(verbs) -> None:
         "folder", metavar="DIR", help="folder that potqat quantize, potqat.save or save_pretrained wrote"
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw the error of each layer and the level use of each type"
-    )
+        "--plot", type=Path, metavar="FILE.png",
+        help="draw the error of each layer and the level use of each type (default: no picture)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON, with the share of every level, not the table")
     parser.set_defaults(run=_run)
 

@@ -28,18 +28,24 @@ def add(verbs) -> None:
         "model", metavar="MODEL", help="hub name, Hugging Face folder, GGUF file, or nanoGPT checkpoint (ckpt.pt)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the packed model")
-    parser.add_argument("--grid", choices=GRIDS, default=DEFAULT.grid, help="levels (default: %(default)s)")
+    parser.add_argument(
+        "--grid", choices=GRIDS, default=DEFAULT.grid,
+        help="levels of a weight: powers of two (pot4), sums of two of them (e2m1), or evenly spaced "
+        "(default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--granularity", default=DEFAULT.granularity, metavar="G",
         help="weights that share a scale: tensor, channel, or a group size such as 32 or 128 (default: %(default)s); "
         "without calibration, groups of 32 lose least",
     )  # fmt: skip
     parser.add_argument(
-        "--scale", choices=SCALES, default=DEFAULT.scale, help="how a scale is found (default: %(default)s)"
-    )
+        "--scale", choices=SCALES, default=DEFAULT.scale,
+        help="by the largest weight (absmax), or searched for the least squared error (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--rounding", choices=ROUNDINGS, default=DEFAULT.rounding, help="how a level is chosen (default: %(default)s)"
-    )
+        "--rounding", choices=ROUNDINGS, default=DEFAULT.rounding,
+        help="to the nearest level, to the nearest logarithm, or as the papers' code (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--activations", choices=(DEFAULT.activations, FLOAT), default=DEFAULT.activations,
         help="what the linear layers compute with (default: %(default)s)",
