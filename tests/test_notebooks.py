@@ -51,8 +51,8 @@ def test_committed_notebook_holds_nothing_that_changes_from_run_to_run(path):
     assert all(cell["metadata"] == {} for cell in notebook["cells"])
 
 
-def test_both_notebooks_are_there():
-    assert [path.name for path in NOTEBOOKS] == ["01_format.ipynb", "02_nanogpt_qat.ipynb"]
+def test_all_notebooks_are_there():
+    assert [path.stem for path in NOTEBOOKS] == ["01_format", "02_nanogpt_qat", "03_gpt2_qat"]
 
 
 # ---- run.py -------------------------------------------------------------------------------------------------
