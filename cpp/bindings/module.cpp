@@ -142,6 +142,25 @@ void set_isa(const std::string& name) {
   }
 }
 
+int64_t peak_of(const std::string& isa, int64_t rounds) {
+  int64_t done;
+  {
+    const py::gil_scoped_release release;
+    done = potqat::peak(isa, rounds);
+  }
+  if (done < 0) {
+    throw py::value_error("potqat._C.peak: '" + isa +
+                          "' is not available here; available: " + potqat::available_isas());
+  }
+  return done;
+}
+
+uint64_t read_array(const py::array& array) {
+  if (!(array.flags() & py::array::c_style)) throw py::value_error("potqat._C.read: the array must be C-contiguous");
+  const py::gil_scoped_release release;
+  return potqat::read(array.data(), array.nbytes());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -155,6 +174,12 @@ PYBIND11_MODULE(_C, m) {
         "dict: isa (the kernels in use), available (on this machine, best first), built (into this binary), cpus.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the kernels of one instruction set; ValueError if it is unknown or absent. All give the same bits.");
+  m.def("peak", &peak_of, py::arg("isa"), py::arg("rounds"),
+        "Calibration: so many rounds of an instruction set's dot product on registers, without the GIL; returns the "
+        "multiply-adds done. ValueError if the set is not available.");
+  m.def("read", &read_array, py::arg("array"),
+        "Calibration: reads a C-contiguous array once, without the GIL, as fast as the instruction set in use can; "
+        "returns the exclusive or of its 8-byte words, the last filled up with zero.");
   m.def("fake_quantize", &fake_quantize, py::arg("w"), py::arg("scale"), py::arg("grid"), py::arg("rounding"),
         py::arg("group_size") = 0, "NumPy form of potqat.fake_quantize: w [N, K], scale [G, N] -> float32 [N, K].");
   m.def("pack", &pack, py::arg("w"), py::arg("scale"), py::arg("grid"), py::arg("rounding"), py::arg("group_size") = 0,

@@ -66,4 +66,13 @@ bool set_isa(std::string_view name) {
   return table != nullptr;
 }
 
+int64_t peak(std::string_view isa, int64_t rounds) {
+  const KernelTable* table = find(isa);
+  return table ? table->peak(rounds) : -1;
+}
+
+uint64_t read(const void* data, int64_t bytes) {
+  return table_or_scalar().read(static_cast<const uint8_t*>(data), bytes);
+}
+
 }  // namespace potqat

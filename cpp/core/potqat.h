@@ -141,4 +141,10 @@ POTQAT_API std::string available_isas();
 POTQAT_API std::string active_isa();
 POTQAT_API bool set_isa(std::string_view name);
 
+// Calibration of benchmarks. peak: `rounds` rounds (a few instructions each) of an instruction set's dot product on
+// registers alone; the multiply-adds done, or -1 if that set is not available. read: the exclusive or of a buffer's
+// 8-byte words (the last filled up with zero), as fast as the active instruction set streams memory.
+POTQAT_API int64_t peak(std::string_view isa, int64_t rounds);
+POTQAT_API uint64_t read(const void* data, int64_t bytes);
+
 }  // namespace potqat

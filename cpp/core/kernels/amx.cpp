@@ -124,7 +124,10 @@ bool supported() {
 }
 
 }  // namespace
+}  // namespace potqat
 
-const KernelTable kAmxTable = {"amx", supported, dot, dot_float, absmax, quantize, sum, scale, assign, ste};
+#include "calibrate.inl"
 
+namespace potqat {
+const KernelTable kAmxTable = {"amx", supported, dot, dot_float, absmax, quantize, sum, scale, assign, ste, peak, read};
 }  // namespace potqat

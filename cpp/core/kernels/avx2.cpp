@@ -6,6 +6,7 @@
 #include "kernel.h"
 
 #include "assign.inl"
+#include "calibrate.inl"
 #include "elementwise.inl"
 #include "float_lines.inl"
 
@@ -90,6 +91,7 @@ bool supported() { return __builtin_cpu_supports("avx2"); }
 
 }  // namespace
 
-const KernelTable kAvx2Table = {"avx2", supported, dot, dot_float, absmax, quantize, sum, scale, assign, ste};
+const KernelTable kAvx2Table = {"avx2", supported, dot,    dot_float, absmax, quantize,
+                                sum,    scale,     assign, ste,       peak,   read};
 
 }  // namespace potqat

@@ -4,6 +4,7 @@
 #include "kernel.h"
 
 #include "assign.inl"
+#include "calibrate.inl"
 #include "elementwise.inl"
 #include "float_lines.inl"
 
@@ -49,6 +50,7 @@ bool supported() { return true; }
 
 }  // namespace
 
-const KernelTable kScalarTable = {"scalar", supported, dot, dot_float, absmax, quantize, sum, scale, assign, ste};
+const KernelTable kScalarTable = {"scalar", supported, dot,    dot_float, absmax, quantize,
+                                  sum,      scale,     assign, ste,       peak,   read};
 
 }  // namespace potqat
