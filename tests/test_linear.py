@@ -62,6 +62,29 @@ def test_static_affine_activations_are_exact(isa, grid, granularity, zero_point)
         assert torch.equal(ours, oracle(x, packed, scale, bias, cfg, n, s_x=s_x, zero_point=zero_point))
 
 
+def quotients_near_halves(largest, scale):
+    """[rows, inputs]: largest, then what divides to a half, or to the float below or above it."""
+    half = torch.arange(-127, 127) + 0.5
+    at = half * scale
+    beside = [torch.nextafter(at, torch.full_like(at, side)) for side in (-torch.inf, torch.inf)]
+    return torch.cat([largest.expand(-1, 1), at, *beside], dim=1)
+
+
+def test_activations_at_and_beside_halves_round_as_the_quotient(isa):
+    cfg = PoTConfig(grid="int8")
+    tiny, huge = 1.5e-38, 3.4e38  # the scale is at its floor; the reciprocal of the scale is not a normal number
+    largest = torch.cat([torch.rand(60, 1) * 10, torch.tensor([[127.0], [1e-30], [tiny], [1e30], [huge]])])
+    x = quotients_near_halves(largest, (largest / 127).clamp(min=torch.finfo(torch.float32).tiny))
+    k = x.shape[1]
+    packed, scale = potqat.pack(torch.eye(k), torch.full((1, k), 1 / 127), cfg), torch.ones(1, k)
+    assert torch.equal(potqat.linear(x, packed, scale, None, cfg, out_features=k),
+                       reference.linear(x, packed, scale, None, "int8", k, 0))  # fmt: skip
+    for s_x, zero_point in [(0.0371, 0), (0.0371, -128), (1e-39, 3), (3e38, 5)]:
+        x = quotients_near_halves(torch.tensor([[1e38]]), torch.tensor([[s_x]])).clamp(-huge, huge)
+        ours = potqat.linear(x, packed, scale, None, cfg, out_features=k, input_scale=s_x, input_zero_point=zero_point)
+        assert torch.equal(ours, oracle(x, packed, scale, None, cfg, k, s_x=s_x, zero_point=zero_point))
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_largest_sums_stay_exact(isa, grid):
     """All weights and activations at their extremes, at the largest K: no saturation and no wrap."""

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "grid.h"
@@ -14,38 +15,52 @@ namespace {
 
 // Below this many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kMinThreadWork = 1 << 20;
+// Outputs beyond the second-level cache are written around it: half the traffic, and the activations stay in.
+constexpr int64_t kStreamBytes = 4 << 20;
+
+// Rows that start at a cache line: a tile load that straddles two takes twice the time.
+constexpr std::align_val_t kCacheLine{64};
+struct FreeRows {
+  void operator()(void* data) const { ::operator delete[](data, kCacheLine); }
+};
+template <class T>
+using Rows = std::unique_ptr<T[], FreeRows>;
 
 // What the blocks read: activations padded with zeros to whole tiles of inputs and of rows.
 struct Inputs {
-  int64_t stride;               // inputs, padded
-  std::unique_ptr<int8_t[]> q;  // [rows, stride]; where a zero point needs sums of levels, row m is ones
-  std::vector<int32_t> q_sum;   // [m + 1, groups]
-  std::unique_ptr<float[]> x;   // [rows, stride], float activations
-  std::vector<float> scale;     // [m] s_x; NaN for a row that holds NaN or infinity
+  int64_t stride;              // inputs, padded
+  Rows<int8_t> q;              // [rows, stride]; where a zero point needs sums of levels, row m is ones
+  std::vector<int32_t> q_sum;  // [m + 1, groups]
+  Rows<float> x;               // [rows, stride], float activations
+  std::vector<float> scale;    // [m] s_x; NaN for a row that holds NaN or infinity
   int32_t zero_point = 0;
 };
 
-// One token: x [k] -> q, returns s_x.
-float quantize_row(const Linear& a, const KernelTable& table, const float* x, int8_t* q) {
+// One token: x [k] -> q and its sums [groups], returns s_x.
+float quantize_row(const Linear& a, const KernelTable& table, const float* x, int8_t* q, int32_t* q_sum) {
   const float most = table.absmax(x, a.k);
   if (!std::isfinite(most)) {
     std::memset(q, 0, a.k);
+    std::memset(q_sum, 0, group_count(a.k, a.q.group_size) * sizeof(int32_t));
     return std::numeric_limits<float>::quiet_NaN();
   }
-  if (a.activations == Activations::kStatic) {
-    const int32_t zero_point = a.input_zero_point;
-    table.quantize(x, a.k, a.input_scale, -128.0f - zero_point, 127.0f - zero_point, zero_point, q);
-    return a.input_scale;
+  float scale = a.input_scale, low = -128.0f - a.input_zero_point, high = 127.0f - a.input_zero_point;
+  if (a.activations == Activations::kInt8) {
+    scale = most == 0 ? 1.0f : std::fmax(most / 127.0f, std::numeric_limits<float>::min());
+    low = -127.0f;
+    high = 127.0f;
   }
-  const float scale = most == 0 ? 1.0f : std::fmax(most / 127.0f, std::numeric_limits<float>::min());
-  table.quantize(x, a.k, scale, -127.0f, 127.0f, 0, q);
+  const int32_t zero_point = a.activations == Activations::kInt8 ? 0 : a.input_zero_point;
+  for_each_group(a.k, a.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
+    q_sum[group] = table.quantize(x + first, last - first, scale, low, high, zero_point, q + first);
+  });
   return scale;
 }
 
 template <class T>
-std::unique_ptr<T[]> padded_rows(int64_t rows, int64_t used, int64_t stride) {
+Rows<T> padded_rows(int64_t rows, int64_t used, int64_t stride) {
   const int64_t all = (rows + kRowPadding - 1) / kRowPadding * kRowPadding;
-  auto data = std::make_unique_for_overwrite<T[]>(all * stride);
+  Rows<T> data(static_cast<T*>(::operator new[](all * stride * sizeof(T), kCacheLine)));
   for (int64_t r = 0; r < rows; ++r) std::memset(data.get() + r * stride + used, 0, (stride - used) * sizeof(T));
   std::memset(data.get() + rows * stride, 0, (all - rows) * stride * sizeof(T));
   return data;
@@ -53,7 +68,8 @@ std::unique_ptr<T[]> padded_rows(int64_t rows, int64_t used, int64_t stride) {
 
 Inputs prepare(const Linear& a, const KernelTable& table, int64_t groups, const ParallelFor& parallel) {
   Inputs in;
-  in.stride = std::max<int64_t>(1, (a.k + kTileInputs - 1) / kTileInputs) * kTileInputs;
+  // An odd number of cache lines: rows a multiple of 4 KiB apart would all fall into one set of the cache.
+  in.stride = ((a.k + kTileInputs - 1) / kTileInputs | 1) * kTileInputs;
   const bool quantized = a.activations != Activations::kFloat;
   const int64_t rows = a.m + (a.activations == Activations::kStatic);
   in.zero_point = a.activations == Activations::kStatic ? a.input_zero_point : 0;
@@ -61,35 +77,40 @@ Inputs prepare(const Linear& a, const KernelTable& table, int64_t groups, const 
   if (quantized) {
     in.q = padded_rows<int8_t>(rows, a.k, in.stride);
     in.q_sum.resize(rows * groups);
-    if (rows > a.m) std::memset(in.q.get() + a.m * in.stride, 1, a.k);
   } else {
     in.x = padded_rows<float>(rows, a.k, in.stride);
   }
   const Matrix x = {a.x, a.dtype, a.m, a.k, a.k, 1};
   const int64_t grain = std::max<int64_t>(1, kMinThreadWork / 16 / std::max<int64_t>(1, a.k));
-  parallel(rows, grain, [&](int64_t begin, int64_t end) {
+  parallel(a.m, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> buffer(a.dtype == DType::kFloat32 ? 0 : a.k);
     for (int64_t r = begin; r < end; ++r) {
-      const float* row = r < a.m ? view_row(x, r, buffer.data()) : nullptr;
-      if (!quantized) {
-        if (a.k) std::memcpy(in.x.get() + r * in.stride, row, a.k * sizeof(float));
-        continue;
+      const float* row = view_row(x, r, buffer.data());
+      if (quantized) {
+        in.scale[r] = quantize_row(a, table, row, in.q.get() + r * in.stride, in.q_sum.data() + r * groups);
+      } else if (a.k) {
+        std::memcpy(in.x.get() + r * in.stride, row, a.k * sizeof(float));
       }
-      int8_t* q = in.q.get() + r * in.stride;
-      if (row) in.scale[r] = quantize_row(a, table, row, q);
-      for_each_group(a.k, a.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
-        in.q_sum[r * groups + group] = table.sum(q + first, last - first);
-      });
     }
   });
+  if (rows > a.m) {
+    std::memset(in.q.get() + a.m * in.stride, 1, a.k);
+    for_each_group(a.k, a.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
+      in.q_sum[a.m * groups + group] = static_cast<int32_t>(last - first);
+    });
+  }
   return in;
 }
 
 // Blocks of the output: up to kMaxRows tokens times kMaxColumns columns of tiles.
 class Blocks {
  public:
+  // levels: of the nibbles; null for int8.
   Blocks(const Linear& a, const Inputs& in, const KernelTable& table, const int8_t* levels, int64_t groups)
-      : a_(a), in_(in), table_(table), levels_(levels), groups_(groups) {}
+      : a_(a), in_(in), table_(table), levels_(levels), groups_(groups) {
+    const bool aligned = reinterpret_cast<uintptr_t>(a.out) % kLineBytes == 0 && a.n % kTileOutputs == 0;
+    stream_ = aligned && a.m * a.n * static_cast<int64_t>(sizeof(float)) > kStreamBytes;
+  }
 
   void run(int64_t column, int64_t columns) {
     columns_ = static_cast<int>(columns);
@@ -111,55 +132,62 @@ class Blocks {
       std::memcpy(scale, a_.scale + group * a_.n + n0_, width_ * sizeof(float));
       const bool add_bias = a_.bias && last == a_.k;
       if (add_bias) std::memcpy(bias, a_.bias + n0_, width_ * sizeof(float));
-      sums(group, first, last, r0, count);
+      const Output output = {in_.scale.data() + r0,
+                             scale,
+                             add_bias ? bias : nullptr,
+                             nullptr,
+                             group == 0,
+                             direct && stream_,
+                             width_,
+                             y,
+                             y_stride};
       if (a_.activations == Activations::kFloat) {
-        scale_float(scale, add_bias ? bias : nullptr, group == 0, count, y, y_stride);
+        dot_float(first, last, r0, count, output);
       } else {
-        table_.scale(acc_, count, width_, in_.scale.data() + r0, scale, add_bias ? bias : nullptr, group == 0, y,
-                     y_stride);
+        dot(group, first, last, r0, count, output);
       }
     });
     if (direct) return;
     for (int64_t r = 0; r < count; ++r) store(y_ + r * kWidth, width_, a_.dtype, a_.out, (r0 + r) * a_.n + n0_);
   }
 
-  // acc_ = sums over the inputs of one group.
-  void sums(int64_t group, int64_t first, int64_t last, int64_t r0, int64_t count) {
-    const int64_t inputs_a_line = kLineBytes * 8 / a_.q.grid.bits / kTileOutputs;
-    const uint8_t* lines =
-        tiles_ + first / kTileInputs * tile_bytes(a_.q.grid) + first % kTileInputs / inputs_a_line * kLineBytes;
-    const int64_t line_count = (last - first + inputs_a_line - 1) / inputs_a_line;
-    const int8_t* levels = a_.q.grid.bits == 4 ? levels_ : nullptr;
-    if (a_.activations == Activations::kFloat) {
-      const float* x = in_.x.get() + r0 * in_.stride + first;
-      return table_.dot_float({lines, column_bytes_, columns_, line_count, levels, x, in_.stride, count, sum_});
-    }
+  int64_t inputs_a_line() const { return kLineBytes * 8 / a_.q.grid.bits / kTileOutputs; }
+  const uint8_t* lines(int64_t input) const {
+    return tiles_ + input / kTileInputs * tile_bytes(a_.q.grid) + input % kTileInputs / inputs_a_line() * kLineBytes;
+  }
+  int64_t line_count(int64_t inputs) const { return (inputs + inputs_a_line() - 1) / inputs_a_line(); }
+
+  void dot(int64_t group, int64_t first, int64_t last, int64_t r0, int64_t count, Output output) {
     const bool whole_tiles = first % kTileInputs == 0 && (last % kTileInputs == 0 || last == a_.k);
-    Dot block = {lines,   column_bytes_, columns_, line_count, whole_tiles, levels,
-                 nullptr, in_.stride,    nullptr,  groups_,    count,       acc_};
-    const auto dot = [&](int64_t row, int64_t m, int32_t* acc) {
-      block.q = in_.q.get() + row * in_.stride + first;
-      block.q_sum = in_.q_sum.data() + row * groups_ + group;
-      block.m = m;
-      block.acc = acc;
-      table_.dot(block);
+    const auto block = [&](int64_t row, int64_t m) {
+      const int8_t* q = in_.q.get() + row * in_.stride + first;
+      const int32_t* q_sum = in_.q_sum.data() + row * groups_ + group;
+      return Dot{lines(first), column_bytes_, columns_, line_count(last - first),
+                 whole_tiles,  levels_,       q,        in_.stride,
+                 q_sum,        groups_,       m,        acc_};
     };
-    dot(r0, count, acc_);
+    int32_t offset[kWidth] = {};
     if (in_.zero_point) {  // sum of level * (q - zp) = sum of level * q - zp * sum of level
-      dot(a_.m, 1, level_sum_);
-      for (int64_t r = 0; r < count; ++r) {
-        for (int c = 0; c < width_; ++c) acc_[r * kWidth + c] -= in_.zero_point * level_sum_[c];
-      }
+      const float one = 1.0f;
+      float ones[kWidth], level_sum[kWidth];
+      std::fill_n(ones, kWidth, 1.0f);
+      table_.dot(block(a_.m, 1), {&one, ones, nullptr, nullptr, true, false, width_, level_sum, kWidth});
+      // Exact: kMaxInputs * 127 < 2^24.
+      for (int c = 0; c < width_; ++c) offset[c] = in_.zero_point * static_cast<int32_t>(level_sum[c]);
+      output.offset = offset;
     }
+    table_.dot(block(r0, count), output);
   }
 
-  // y = or += sum * s_w, and + bias.
-  void scale_float(const float* scale, const float* bias, bool first, int64_t count, float* y, int64_t y_stride) {
+  void dot_float(int64_t first, int64_t last, int64_t r0, int64_t count, const Output& o) {
+    const float* x = in_.x.get() + r0 * in_.stride + first;
+    table_.dot_float(
+        {lines(first), column_bytes_, columns_, line_count(last - first), levels_, x, in_.stride, count, sum_});
     for (int64_t r = 0; r < count; ++r) {
       for (int c = 0; c < width_; ++c) {
-        float& out = y[r * y_stride + c];
-        out = (first ? 0.0f : out) + sum_[r * kWidth + c] * scale[c];
-        if (bias) out += bias[c];
+        float& y = o.y[r * o.y_stride + c];
+        y = (o.first ? 0.0f : y) + sum_[r * kWidth + c] * o.s_w[c];
+        if (o.bias) y += o.bias[c];
       }
     }
   }
@@ -169,10 +197,11 @@ class Blocks {
   const KernelTable& table_;
   const int8_t* levels_;
   const int64_t groups_;
+  bool stream_ = false;
   int columns_ = 0, width_ = 0;
   int64_t n0_ = 0, column_bytes_ = 0;
   const uint8_t* tiles_ = nullptr;
-  alignas(64) int32_t acc_[kMaxRows * kWidth], level_sum_[kRowPadding * kWidth];
+  alignas(64) int32_t acc_[kMaxRows * kWidth];
   alignas(64) float sum_[kMaxRows * kWidth], y_[kMaxRows * kWidth];
 };
 
@@ -196,7 +225,8 @@ Status linear(const Linear& a, const ParallelFor& parallel) {
   const int64_t count = (columns + kMaxColumns - 1) / kMaxColumns;
   const int64_t work = std::max<int64_t>(1, a.m * in.stride * kTileOutputs * kMaxColumns);
   parallel(count, std::max<int64_t>(1, kMinThreadWork / work), [&](int64_t begin, int64_t end) {
-    Blocks blocks(a, in, *table, levels, groups);  // 260 KB, mostly untouched: the stack of any thread has them
+    Blocks blocks(a, in, *table, a.q.grid.bits == 4 ? levels : nullptr,
+                  groups);  // 260 KB, mostly untouched: the stack of any thread has them
     for (int64_t i = begin; i < end; ++i) {
       blocks.run(i * kMaxColumns, std::min<int64_t>(kMaxColumns, columns - i * kMaxColumns));
     }

@@ -11,7 +11,7 @@
 #include "kernel.h"
 
 #include "assign.inl"
-#include "elementwise.inl"
+#include "avx512_elementwise.inl"
 #include "avx512_float.inl"
 
 namespace potqat {
@@ -77,8 +77,8 @@ void pair_of_columns(const uint8_t* const weights[kPair], int64_t tiles, const i
   if (ROW_TILES > 1) _tile_stored(3, acc + kLower + 16, kAccBytes);
 }
 
-void dot(const Dot& d) {
-  if (d.m < kLeastRows || !d.whole_tiles) return kAvx512VbmiTable.dot(d);
+void dot(const Dot& d, const Output& output) {
+  if (d.m < kLeastRows || !d.whole_tiles) return kAvx512VbmiTable.dot(d, output);
   const TileConfig config;
   load_config(config);
   __m512i table = _mm512_setzero_si512();
@@ -111,6 +111,7 @@ void dot(const Dot& d) {
     }
   }
   _tile_release();
+  scale(d.acc, 0, d.m, output);
 }
 
 // The kernel gives a process the use of tile data on request.
@@ -129,5 +130,5 @@ bool supported() {
 #include "calibrate.inl"
 
 namespace potqat {
-const KernelTable kAmxTable = {"amx", supported, dot, dot_float, absmax, quantize, sum, scale, assign, ste, peak, read};
+const KernelTable kAmxTable = {"amx", supported, dot, dot_float, absmax, quantize, assign, ste, peak, read};
 }  // namespace potqat

@@ -80,18 +80,18 @@ void dot8_column(const Dot& d, const uint8_t* lines, int32_t* acc) {
   }
 }
 
-void dot(const Dot& d) {
+void dot(const Dot& d, const Output& output) {
   for (int column = 0; column < d.columns; ++column) {
     const uint8_t* lines = d.lines + column * d.column_bytes;
     d.levels ? dot4_column(d, lines, d.acc + 16 * column) : dot8_column(d, lines, d.acc + 16 * column);
   }
+  scale(d.acc, 0, d.m, output);
 }
 
 bool supported() { return __builtin_cpu_supports("avx2"); }
 
 }  // namespace
 
-const KernelTable kAvx2Table = {"avx2", supported, dot,    dot_float, absmax, quantize,
-                                sum,    scale,     assign, ste,       peak,   read};
+const KernelTable kAvx2Table = {"avx2", supported, dot, dot_float, absmax, quantize, assign, ste, peak, read};
 
 }  // namespace potqat

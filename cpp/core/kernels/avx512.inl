@@ -8,9 +8,6 @@
 // Few rows: the weights are read once, looked up and used, four columns of tiles at a time so that enough sums are
 // under way. More rows: a panel of lines is looked up once, kept in the first-level cache, and used for all rows.
 
-// Loops over registers must be gone before GCC decides what lives in memory.
-#define UNROLL _Pragma("GCC unroll 8")
-
 namespace potqat {
 namespace {
 
@@ -95,8 +92,28 @@ void panel_rows(const __m512i* panel, int64_t parts, const Dot& d, int64_t row, 
   store_sums<ROWS, COLUMNS>(sum, d, row, bias, acc);
 }
 
-template <int COLUMNS, class Decoder>
-void many_rows(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32_t* acc) {
+// f.template operator()<rows>(), 1 .. kFewRows.
+template <class F>
+void with_rows(int64_t rows, const F& f) {
+  switch (rows) {
+    case 1:
+      return f.template operator()<1>();
+    case 2:
+      return f.template operator()<2>();
+    case 3:
+      return f.template operator()<3>();
+    case 4:
+      return f.template operator()<4>();
+    case 5:
+      return f.template operator()<5>();
+    default:
+      return f.template operator()<kFewRows>();
+  }
+}
+
+// Calls done(row, rows) when the sums of these rows are complete.
+template <int COLUMNS, class Decoder, class Done>
+void many_rows(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32_t* acc, const Done& done) {
   constexpr int kParts = Decoder::kParts;
   alignas(64) __m512i panel[kPanelParts * COLUMNS];
   const int64_t step = kPanelParts / kParts;
@@ -109,47 +126,38 @@ void many_rows(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32
         UNROLL for (int p = 0; p < kParts; ++p) panel[(l * kParts + p) * COLUMNS + c] = part[p];
       }
     }
-    const int32_t bias = line + count >= d.line_count ? Decoder::kBias : 0;
-    const auto rows = [&]<int ROWS>(int64_t r) {
+    const bool last = line + count >= d.line_count;
+    for (int64_t r = 0; r < d.m; r += kFewRows) {
+      const int64_t rows = d.m - r < kFewRows ? d.m - r : kFewRows;
       const int8_t* q = d.q + r * d.q_stride + line * kParts * 4;
-      panel_rows<ROWS, COLUMNS>(panel, count * kParts, d, r, q, line == 0, bias, acc);
-    };
-    int64_t r = 0;
-    for (; r + kFewRows <= d.m; r += kFewRows) rows.template operator()<kFewRows>(r);
-    for (; r + 2 <= d.m; r += 2) rows.template operator()<2>(r);
-    for (; r < d.m; ++r) rows.template operator()<1>(r);
+      with_rows(rows, [&]<int ROWS>() {
+        panel_rows<ROWS, COLUMNS>(panel, count * kParts, d, r, q, line == 0, last ? Decoder::kBias : 0, acc);
+      });
+      if (last) done(r, rows);
+    }
   }
 }
 
-template <int COLUMNS, class Decoder>
-void dot_columns(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32_t* acc) {
-  switch (d.m) {
-    case 1:
-      return few_rows<1, COLUMNS>(decoder, d, lines, acc);
-    case 2:
-      return few_rows<2, COLUMNS>(decoder, d, lines, acc);
-    case 3:
-      return few_rows<3, COLUMNS>(decoder, d, lines, acc);
-    case 4:
-      return few_rows<4, COLUMNS>(decoder, d, lines, acc);
-    case 5:
-      return few_rows<5, COLUMNS>(decoder, d, lines, acc);
-    case 6:
-      return few_rows<6, COLUMNS>(decoder, d, lines, acc);
-    default:
-      return many_rows<COLUMNS>(decoder, d, lines, acc);
-  }
+template <int COLUMNS, class Decoder, class Done>
+void dot_columns(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32_t* acc, const Done& done) {
+  if (d.m > kFewRows) return many_rows<COLUMNS>(decoder, d, lines, acc, done);
+  with_rows(d.m, [&]<int ROWS>() { few_rows<ROWS, COLUMNS>(decoder, d, lines, acc); });
+  done(0, d.m);
 }
 
 template <class Decoder>
-void dot_with(const Decoder& decoder, const Dot& d) {
-  if (d.columns == kMaxColumns) return dot_columns<kMaxColumns>(decoder, d, d.lines, d.acc);
+void dot_with(const Decoder& decoder, const Dot& d, const Output& output) {
+  const auto scaled = [&](int64_t row, int64_t rows) { scale(d.acc, row, rows, output); };
+  if (d.columns == kMaxColumns) return dot_columns<kMaxColumns>(decoder, d, d.lines, d.acc, scaled);
   for (int c = 0; c < d.columns; ++c) {
-    dot_columns<1>(decoder, d, d.lines + c * d.column_bytes, d.acc + 16 * c);
+    dot_columns<1>(decoder, d, d.lines + c * d.column_bytes, d.acc + 16 * c, [](int64_t, int64_t) {});
   }
+  scaled(0, d.m);
 }
 
-void dot(const Dot& d) { d.levels ? dot_with(Nibbles(d.levels), d) : dot_with(Bytes(), d); }
+void dot(const Dot& d, const Output& output) {
+  d.levels ? dot_with(Nibbles(d.levels), d, output) : dot_with(Bytes(), d, output);
+}
 
 }  // namespace
 }  // namespace potqat

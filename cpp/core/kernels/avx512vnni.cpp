@@ -28,13 +28,13 @@ bool supported() {
 }  // namespace
 }  // namespace potqat
 
+#include "avx512_elementwise.inl"
 #include "avx512.inl"
 #include "assign.inl"
 #include "calibrate.inl"
-#include "elementwise.inl"
 #include "avx512_float.inl"
 
 namespace potqat {
-const KernelTable kAvx512VnniTable = {"avx512vnni", supported, dot,    dot_float, absmax, quantize,
-                                      sum,          scale,     assign, ste,       peak,   read};
+const KernelTable kAvx512VnniTable = {"avx512vnni", supported, dot, dot_float, absmax,
+                                      quantize,     assign,    ste, peak,      read};
 }  // namespace potqat

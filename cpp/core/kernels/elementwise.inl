@@ -1,5 +1,5 @@
-// What surrounds the integer dot products, written once: included by each ISA unit, which vectorizes it with its own
-// flags. Element-wise IEEE arithmetic without contraction, so all units give the same bits.
+// What surrounds the integer dot products: included by the ISA units, which vectorize it with their own flags (AVX-512
+// has its own). Element-wise IEEE arithmetic without contraction, so all units give the same bits.
 
 namespace potqat {
 namespace {
@@ -17,45 +17,42 @@ float absmax(const float* x, int64_t count) {
   return value;
 }
 
-// q = clamp(round-half-even(x / scale), low, high) + zero_point. Clamping first equals clamping after, the bounds being
-// integers; adding 1.5 * 2^23 then leaves no fraction bits, which rounds half to even without a library call.
-void quantize(const float* x, int64_t count, float scale, float low, float high, int32_t zero_point, int8_t* q) {
+// q = clamp(round-half-even(x / scale), low, high) + zero_point; returns their sum. Clamping first equals clamping
+// after, the bounds being integers; adding 1.5 * 2^23 then leaves no fraction bits, which rounds half to even without a
+// library call.
+int32_t quantize(const float* x, int64_t count, float scale, float low, float high, int32_t zero_point, int8_t* q) {
   constexpr float kMagic = 12582912.0f;
+  int32_t total = 0;
   for (int64_t j = 0; j < count; ++j) {
     float v = x[j] / scale;
     v = v < low ? low : v;
     v = v > high ? high : v;
     const float rounded = (v + kMagic) - kMagic;
-    q[j] = static_cast<int8_t>(static_cast<int32_t>(rounded) + zero_point);
+    const int32_t code = static_cast<int32_t>(rounded) + zero_point;
+    q[j] = static_cast<int8_t>(code);
+    total += code;
   }
-}
-
-int32_t sum(const int8_t* q, int64_t count) {
-  int32_t total = 0;
-  for (int64_t j = 0; j < count; ++j) total += q[j];
   return total;
 }
 
 template <class Start>
-void scale_rows(const int32_t* acc, int64_t m, int width, const float* s_x, const float* s_w, const float* bias,
-                float* y, int64_t y_stride, const Start& start) {
-  for (int64_t r = 0; r < m; ++r) {
-    const int32_t* from = acc + r * kWidth;
-    float* to = y + r * y_stride;
-    if (bias) {
-      for (int c = 0; c < width; ++c) to[c] = start(to[c]) + static_cast<float>(from[c]) * (s_x[r] * s_w[c]) + bias[c];
-    } else {
-      for (int c = 0; c < width; ++c) to[c] = start(to[c]) + static_cast<float>(from[c]) * (s_x[r] * s_w[c]);
+void scale_rows(const int32_t* acc, int64_t row, int64_t rows, const Output& o, const Start& start) {
+  for (int64_t r = row; r < row + rows; ++r) {
+    float* y = o.y + r * o.y_stride;
+    for (int c = 0; c < o.width; ++c) {
+      const int32_t sum = o.offset ? acc[r * kWidth + c] - o.offset[c] : acc[r * kWidth + c];
+      const float product = start(y[c]) + static_cast<float>(sum) * (o.s_x[r] * o.s_w[c]);
+      y[c] = o.bias ? product + o.bias[c] : product;
     }
   }
 }
 
-void scale(const int32_t* acc, int64_t m, int width, const float* s_x, const float* s_w, const float* bias, bool first,
-           float* y, int64_t y_stride) {
-  if (first) {
-    scale_rows(acc, m, width, s_x, s_w, bias, y, y_stride, [](float) { return 0.0f; });
+// Rows row .. row + rows of acc to y.
+void scale(const int32_t* acc, int64_t row, int64_t rows, const Output& o) {
+  if (o.first) {
+    scale_rows(acc, row, rows, o, [](float) { return 0.0f; });
   } else {
-    scale_rows(acc, m, width, s_x, s_w, bias, y, y_stride, [](float sum) { return sum; });
+    scale_rows(acc, row, rows, o, [](float sum) { return sum; });
   }
 }
 

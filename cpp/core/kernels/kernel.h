@@ -12,6 +12,7 @@ constexpr int kRowPadding = 16;           // q, x and acc have room for whole mu
 
 // A block of the integer product: a run of lines (see potqat.h) of neighbouring columns of tiles, and rows of q.
 //   acc[r * kWidth + 16 * column + c] = sum over the run's inputs of level * q[r * q_stride + input], exact.
+// acc is room to work in; what counts is what becomes of it, see Output.
 struct Dot {
   const uint8_t* lines;  // the run's first line in the first column
   int64_t column_bytes;  // from one column of tiles to the next
@@ -27,7 +28,21 @@ struct Dot {
   int32_t* acc;
 };
 
-// The same with float activations: products are rounded, then added, inputs ascending.
+// y[r][c] = (first ? 0 : y[r][c]) + float(acc[r][c] - offset[c]) * (s_x[r] * s_w[c]), and + bias[c]; every operation
+// rounded. A kernel does it for a few rows at a time, while their sums are in the cache.
+struct Output {
+  const float* s_x;       // [m]
+  const float* s_w;       // [kWidth]
+  const float* bias;      // [kWidth] or null
+  const int32_t* offset;  // [kWidth] or null
+  bool first;
+  bool stream;  // y is more than a cache holds: write around it; lines are whole and aligned then
+  int width;    // outputs, 1 .. 16 * columns
+  float* y;
+  int64_t y_stride;
+};
+
+// The integer product with float activations: products are rounded, then added, inputs ascending.
 struct DotFloat {
   const uint8_t* lines;
   int64_t column_bytes;
@@ -52,17 +67,13 @@ struct Levels {
 struct KernelTable {
   const char* name;
   bool (*supported)();
-  void (*dot)(const Dot& block);
+  void (*dot)(const Dot& block, const Output& output);
   void (*dot_float)(const DotFloat& block);
   // Largest magnitude (its bits ordered as integers: infinity above all numbers, NaN above infinity).
   float (*absmax)(const float* x, int64_t count);
-  // q = clamp(round-half-even(x / scale), low, high) + zero_point, for finite x.
-  void (*quantize)(const float* x, int64_t count, float scale, float low, float high, int32_t zero_point, int8_t* q);
-  int32_t (*sum)(const int8_t* q, int64_t count);
-  // y[r][c] = (first ? 0 : y[r][c]) + float(acc[r][c]) * (s_x[r] * s_w[c]), and + bias[c] if not null; every
-  // operation rounded. `width` outputs, at most kWidth.
-  void (*scale)(const int32_t* acc, int64_t m, int width, const float* s_x, const float* s_w, const float* bias,
-                bool first, float* y, int64_t y_stride);
+  // q = clamp(round-half-even(x / scale), low, high) + zero_point, for finite x. Returns the sum of q. Where low
+  // and high are -127 and 127, |x| is at most 127 scales, give or take the rounding of the scale.
+  int32_t (*quantize)(const float* x, int64_t count, float scale, float low, float high, int32_t zero_point, int8_t* q);
   // out = factor * signed level of w / scale.
   void (*assign)(const Levels& levels, const float* w, int64_t count, float scale, float factor, float* out);
   // Straight-through gradient, see potqat.h: dw = g, or 0 beyond the top level if clip. Returns d/dscale, summed in 16

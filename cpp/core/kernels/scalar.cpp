@@ -38,19 +38,19 @@ int32_t dot_output(const Dot& d, const uint8_t* bytes, const int8_t* q) {
   return sum;
 }
 
-void dot(const Dot& d) {
+void dot(const Dot& d, const Output& output) {
   for (int64_t r = 0; r < d.m; ++r) {
     for (int c = 0; c < 16 * d.columns; ++c) {
       d.acc[r * kWidth + c] = dot_output(d, d.lines + c / 16 * d.column_bytes + c % 16 * 4, d.q + r * d.q_stride);
     }
   }
+  scale(d.acc, 0, d.m, output);
 }
 
 bool supported() { return true; }
 
 }  // namespace
 
-const KernelTable kScalarTable = {"scalar", supported, dot,    dot_float, absmax, quantize,
-                                  sum,      scale,     assign, ste,       peak,   read};
+const KernelTable kScalarTable = {"scalar", supported, dot, dot_float, absmax, quantize, assign, ste, peak, read};
 
 }  // namespace potqat
