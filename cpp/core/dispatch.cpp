@@ -12,7 +12,10 @@ namespace {
 const KernelTable* const kTables[] = {
 // best first
 #ifdef POTQAT_X86
-    &kAmxTable,    &kAvx512VbmiTable, &kAvx512VnniTable, &kAvx2Table,
+    &kAmxTable,      &kAvx512VbmiTable, &kAvx512VnniTable, &kAvxVnniTable, &kAvx2Table,
+#endif
+#ifdef POTQAT_AARCH64
+    &kNeonI8mmTable, &kNeonDotTable,
 #endif
     &kScalarTable,
 };
@@ -42,7 +45,8 @@ std::string names(bool only_supported) {
   std::string list;
   for (const KernelTable* table : kTables) {
     if (only_supported && !table->supported()) continue;
-    list += (list.empty() ? "" : ",") + std::string(table->name);
+    if (!list.empty()) list += ',';
+    list += table->name;
   }
   return list;
 }

@@ -36,6 +36,11 @@ using Sum = __m512i;
 constexpr int kDots = 64;  // multiply-adds an instruction
 Sum dot_step(Sum sum, Sum u8, Sum s8) { return _mm512_dpbusd_epi32(sum, u8, s8); }
 #define IN_REGISTER "+v"
+#elif defined(__AVXVNNI__)
+using Sum = __m256i;
+constexpr int kDots = 32;
+Sum dot_step(Sum sum, Sum u8, Sum s8) { return _mm256_dpbusd_avx_epi32(sum, u8, s8); }
+#define IN_REGISTER "+x"
 #elif defined(__AVX2__)
 using Sum = __m256i;
 constexpr int kDots = 32;
@@ -43,6 +48,16 @@ Sum dot_step(Sum sum, Sum u8, Sum s8) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u8, s8), _mm256_set1_epi16(1)));
 }
 #define IN_REGISTER "+x"
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+using Sum = int32x4_t;
+constexpr int kDots = 32;
+Sum dot_step(Sum sum, Sum a, Sum b) { return vmmlaq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b)); }
+#define IN_REGISTER "+w"
+#elif defined(__ARM_FEATURE_DOTPROD)
+using Sum = int32x4_t;
+constexpr int kDots = 16;
+Sum dot_step(Sum sum, Sum a, Sum b) { return vdotq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b)); }
+#define IN_REGISTER "+w"
 #else
 using Sum = int32_t;
 constexpr int kDots = 1;

@@ -89,9 +89,14 @@ struct KernelTable {
 extern const KernelTable kScalarTable;
 #ifdef POTQAT_X86
 extern const KernelTable kAvx2Table;
+extern const KernelTable kAvxVnniTable;
 extern const KernelTable kAvx512VnniTable;
 extern const KernelTable kAvx512VbmiTable;
 extern const KernelTable kAmxTable;
+#endif
+#ifdef POTQAT_AARCH64
+extern const KernelTable kNeonDotTable;
+extern const KernelTable kNeonI8mmTable;
 #endif
 
 // The active table, or null if POTQAT_ISA is wrong (dispatch.cpp).
