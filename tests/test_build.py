@@ -44,13 +44,14 @@ def test_core_needs_neither_torch_nor_python():
 
 
 def test_vector_code_stays_in_its_units():
-    """ymm and zmm registers appear only in the unnamed namespaces of the AVX units: no shared inline function was
-    compiled with their flags, and everything else runs on any x86-64."""
+    """What not every x86-64 (ymm and zmm registers) or aarch64 (int8 dot products) has appears only in the unnamed
+    namespaces of its units: no shared inline function was compiled with their flags."""
     listing = run("objdump", "-d", "--demangle", "--no-show-raw-insn", str(LIBRARIES / "libpotqat_core.so"))
-    if "x86-64" not in listing:
-        pytest.skip("not an x86-64 library")
-    owners = [block.split("\n", 1)[0] for block in listing.split("\n\n") if re.search(r"%[yz]mm\d", block)]
-    assert any("::dot(" in owner for owner in owners)
+    optional = r"%[yz]mm\d" if "x86-64" in listing else r"\t(?:sdot|smmla)\t" if "aarch64" in listing else None
+    if optional is None:
+        pytest.skip("neither an x86-64 nor an aarch64 library")
+    owners = [block.split("\n", 1)[0] for block in listing.split("\n\n") if re.search(optional, block)]
+    assert any("(anonymous namespace)::dot" in owner for owner in owners)
     assert not [owner for owner in owners if "(anonymous namespace)" not in owner]
 
 

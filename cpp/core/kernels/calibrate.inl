@@ -95,7 +95,8 @@ constexpr int kVectorBytes = 16;
 // Exclusive or of all 8-byte words (the last filled up with zero). Lines of kStreams places are read in turn, as
 // prefetching by the hardware ends with a page.
 uint64_t read(const uint8_t* data, int64_t bytes) {
-  typedef uint64_t Vector __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
+  typedef uint64_t Vector __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef Vector AnyAddress __attribute__((aligned(1)));
   constexpr int64_t kStreams = 4, kLine = 64;
   const int64_t stream = bytes / (kStreams * kLine) * kLine;
   Vector sum[kStreams] = {};
@@ -104,7 +105,7 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
     for (int64_t s = 0; s < kStreams; ++s) {
 #pragma GCC unroll 4
       for (int64_t part = 0; part < kLine; part += kVectorBytes) {
-        sum[s] ^= *reinterpret_cast<const Vector*>(data + s * stream + at + part);
+        sum[s] ^= *reinterpret_cast<const AnyAddress*>(data + s * stream + at + part);
       }
     }
   }
