@@ -155,10 +155,12 @@ int64_t peak_of(const std::string& isa, int64_t rounds) {
   return done;
 }
 
-uint64_t read_array(const py::array& array) {
+uint64_t read_array(const py::array& array, int64_t passes) {
   if (!(array.flags() & py::array::c_style)) throw py::value_error("potqat._C.read: the array must be C-contiguous");
   const py::gil_scoped_release release;
-  return potqat::read(array.data(), array.nbytes());
+  uint64_t words = 0;
+  for (int64_t pass = 0; pass < passes; ++pass) words = potqat::read(array.data(), array.nbytes());
+  return words;
 }
 
 }  // namespace
@@ -177,8 +179,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak", &peak_of, py::arg("isa"), py::arg("rounds"),
         "Calibration: so many rounds of an instruction set's dot product on registers, without the GIL; returns the "
         "multiply-adds done. ValueError if the set is not available.");
-  m.def("read", &read_array, py::arg("array"),
-        "Calibration: reads a C-contiguous array once, without the GIL, as fast as the instruction set in use can; "
+  m.def("read", &read_array, py::arg("array"), py::arg("passes") = 1,
+        "Calibration: reads a C-contiguous array so many times, without the GIL, as fast as the instruction set in use can; "
         "returns the exclusive or of its 8-byte words, the last filled up with zero.");
   m.def("fake_quantize", &fake_quantize, py::arg("w"), py::arg("scale"), py::arg("grid"), py::arg("rounding"),
         py::arg("group_size") = 0, "NumPy form of potqat.fake_quantize: w [N, K], scale [G, N] -> float32 [N, K].");
