@@ -180,8 +180,8 @@ PYBIND11_MODULE(_C, m) {
         "Calibration: so many rounds of an instruction set's dot product on registers, without the GIL; returns the "
         "multiply-adds done. ValueError if the set is not available.");
   m.def("read", &read_array, py::arg("array"), py::arg("passes") = 1,
-        "Calibration: reads a C-contiguous array so many times, without the GIL, as fast as the instruction set in use can; "
-        "returns the exclusive or of its 8-byte words, the last filled up with zero.");
+        "Calibration: reads a C-contiguous array so many times, without the GIL, as fast as the instruction set in use "
+        "can; returns the exclusive or of its 8-byte words, the last filled up with zero.");
   m.def("fake_quantize", &fake_quantize, py::arg("w"), py::arg("scale"), py::arg("grid"), py::arg("rounding"),
         py::arg("group_size") = 0, "NumPy form of potqat.fake_quantize: w [N, K], scale [G, N] -> float32 [N, K].");
   m.def("pack", &pack, py::arg("w"), py::arg("scale"), py::arg("grid"), py::arg("rounding"), py::arg("group_size") = 0,

@@ -1,0 +1,158 @@
+"""One matrix product of llama.cpp's ggml, driven through the libraries that llama-cpp-python brings.
+
+ggml keeps 4-bit weights in one of several buffer types and chooses its kernel by that: ``CPU`` holds plain blocks,
+``CPU_REPACK`` interleaves eight rows, ``AMX`` holds tiles. llama.cpp takes the best that a machine has for each weight;
+all are timed here. Activations are float32 and quantized inside the product, as ours are.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from pathlib import Path
+
+import numpy as np
+
+F32, Q4_0 = 0, 2  # enum ggml_type
+WEIGHTS = 1  # enum ggml_backend_buffer_usage
+NODES = 32  # products in one graph, so that starting a graph is not what is timed
+NODES_BYTES = 1 << 25  # but no more results than this
+
+
+class _Parameters(Structure):
+    _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
+
+
+_FUNCTIONS = {  # name: (result, arguments), of ggml.h, ggml-cpu.h, ggml-backend.h and ggml-alloc.h
+    "ggml_init": (c_void_p, [_Parameters]),
+    "ggml_free": (None, [c_void_p]),
+    "ggml_new_tensor_2d": (c_void_p, [c_void_p, c_int, c_int64, c_int64]),
+    "ggml_mul_mat": (c_void_p, [c_void_p, c_void_p, c_void_p]),
+    "ggml_new_graph": (c_void_p, [c_void_p]),
+    "ggml_build_forward_expand": (None, [c_void_p, c_void_p]),
+    "ggml_graph_overhead": (c_size_t, []),
+    "ggml_tensor_overhead": (c_size_t, []),
+    "ggml_row_size": (c_size_t, [c_int, c_int64]),
+    "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "ggml_backend_cpu_init": (c_void_p, []),
+    "ggml_backend_cpu_set_n_threads": (None, [c_void_p, c_int]),
+    "ggml_backend_cpu_buffer_type": (c_void_p, []),
+    "ggml_backend_get_device": (c_void_p, [c_void_p]),
+    "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
+    "ggml_backend_dev_supports_op": (c_bool, [c_void_p, c_void_p]),
+    "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
+    "ggml_backend_buft_name": (c_char_p, [c_void_p]),
+    "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, [c_void_p, c_void_p]),
+    "ggml_backend_buffer_set_usage": (None, [c_void_p, c_int]),
+    "ggml_backend_buffer_free": (None, [c_void_p]),
+    "ggml_backend_tensor_set": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
+    "ggml_backend_tensor_get": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
+    "ggml_backend_graph_compute": (c_int, [c_void_p, c_void_p]),
+}
+
+
+class Ggml:
+    """The libraries, one CPU backend, and its buffer types by name.
+
+    Raises:
+        ImportError: llama-cpp-python is not installed.
+    """
+
+    def __init__(self):
+        import llama_cpp
+
+        folder = Path(llama_cpp.__file__).parent / "lib"
+        libraries = [ctypes.CDLL(str(next(folder.glob(f"libggml{part}.so")))) for part in ("-base", "-cpu")]
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = next(getattr(library, name) for library in libraries if hasattr(library, name))
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name.removeprefix("ggml_"), function)
+        self.version = llama_cpp.__version__
+        self.backend = self.backend_cpu_init()
+        self.device = self.backend_get_device(self.backend)
+        self.buffer_types = {"CPU": self.backend_cpu_buffer_type()}
+        registry = self.backend_dev_backend_reg(self.device)
+        if found := self.backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts"):
+            extra = ctypes.CFUNCTYPE(POINTER(c_void_p), c_void_p)(found)(self.device)
+            for i in iter(range(16)):
+                if not (extra and extra[i]):
+                    break
+                self.buffer_types[self.backend_buft_name(extra[i]).decode()] = extra[i]
+
+
+class Product:
+    """``copies`` Q4_0 copies of a weight in one buffer type, and graphs that multiply x by them in turn.
+
+    Args:
+        w: float32 [N, K], K a multiple of 32.
+        x: float32 [M, K].
+
+    Attributes:
+        bytes: of one copy of the weight.
+
+    Raises:
+        ValueError: this buffer type has no product for that.
+    """
+
+    def __init__(self, ggml: Ggml, buffer_type: str, w: np.ndarray, x: np.ndarray, copies: int):
+        self._ggml, (n, k), m = ggml, w.shape, x.shape[0]
+        place = ggml.buffer_types[buffer_type]
+        self.bytes = n * ggml.row_size(Q4_0, k)
+        codes = np.empty(self.bytes, np.uint8)
+        ggml.quantize_chunk(Q4_0, _pointer(w), _pointer(codes), 0, n, k, None)
+
+        nodes = max(1, min(NODES, NODES_BYTES // (4 * m * n)))
+        graphs = max(1, -(-copies // nodes))
+        tensors = copies + 1 + graphs * nodes
+        memory = tensors * ggml.tensor_overhead() + graphs * ggml.graph_overhead() + (1 << 16)
+        # The weights have a context of their own: a context is allocated in one buffer type.
+        self._contexts = [ggml.init(_Parameters(memory, None, True)) for _ in range(2)]
+        weights = [ggml.new_tensor_2d(self._contexts[0], Q4_0, k, n) for _ in range(copies)]
+        inputs = ggml.new_tensor_2d(self._contexts[1], F32, k, m)
+        self._buffers = [ggml.backend_alloc_ctx_tensors_from_buft(self._contexts[0], place)]
+        ggml.backend_buffer_set_usage(self._buffers[0], WEIGHTS)
+        self._graphs, self._nodes, self._next = [], nodes, 0
+        for g in range(graphs):
+            graph = ggml.new_graph(self._contexts[1])
+            for i in range(nodes):
+                self._result = ggml.mul_mat(self._contexts[1], weights[(g * nodes + i) % copies], inputs)
+                if not ggml.backend_dev_supports_op(ggml.device, self._result):
+                    self.free()
+                    raise ValueError(f"ggml has no Q4_0 product [{n}, {k}] in {buffer_type} buffers")
+                ggml.build_forward_expand(graph, self._result)
+            self._graphs.append(graph)
+        self._buffers.append(
+            ggml.backend_alloc_ctx_tensors_from_buft(self._contexts[1], ggml.backend_cpu_buffer_type())
+        )
+        for weight in weights:  # here a buffer type puts the blocks in its own order
+            ggml.backend_tensor_set(weight, _pointer(codes), 0, codes.nbytes)
+        ggml.backend_tensor_set(inputs, _pointer(x), 0, x.nbytes)
+        self._shape = (m, n)
+
+    def __call__(self, count: int, threads: int) -> int:
+        """At least ``count`` products; returns how many were done."""
+        self._ggml.backend_cpu_set_n_threads(self._ggml.backend, threads)
+        done = 0
+        while done < count:
+            status = self._ggml.backend_graph_compute(self._ggml.backend, self._graphs[self._next % len(self._graphs)])
+            if status:
+                raise RuntimeError(f"ggml_backend_graph_compute gave status {status}")
+            self._next += 1
+            done += self._nodes
+        return done
+
+    def result(self) -> np.ndarray:
+        """float32 [M, N] of the last product of the last graph."""
+        y = np.empty(self._shape, np.float32)
+        self._ggml.backend_tensor_get(self._result, _pointer(y), 0, y.nbytes)
+        return y
+
+    def free(self) -> None:
+        for buffer in self._buffers:
+            self._ggml.backend_buffer_free(buffer)
+        for context in self._contexts:
+            self._ggml.free(context)
+        self._buffers, self._contexts = [], []
+
+
+def _pointer(array: np.ndarray) -> int:
+    return array.ctypes.data
