@@ -3,12 +3,21 @@
 ggml keeps 4-bit weights in one of several buffer types and chooses its kernel by that: ``CPU`` holds plain blocks,
 ``CPU_REPACK`` interleaves eight rows, ``AMX`` holds tiles. llama.cpp takes the best that a machine has for each weight;
 all are timed here. Activations are float32 and quantized inside the product, as ours are.
+
+ggml sets a thread's AMX tiles up once and expects them to stay, while others (oneDNN, potqat) set theirs up for each
+product: so ggml has a thread of its own here.
+
+Built by GCC 12, ggml's AMX products of several tokens crash: _tile_loadconfig tells that compiler of 8 of the 64 bytes
+that it reads, and the stores to the others are dropped as dead. Building llama-cpp-python with
+CXXFLAGS="-fno-tree-dse -fno-dse" keeps them. ``check`` finds out in a process of its own.
 """
 
 import ctypes
-from collections.abc import Sequence
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
-from pathlib import Path
 
 import numpy as np
 
@@ -18,11 +27,15 @@ NODES = 32  # products in one graph, so that starting a graph is not what is tim
 NODES_BYTES = 1 << 25  # but no more results than this
 
 
+_LOG = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+
+
 class _Parameters(Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
 
 
 _FUNCTIONS = {  # name: (result, arguments), of ggml.h, ggml-cpu.h, ggml-backend.h and ggml-alloc.h
+    "ggml_log_set": (None, [_LOG, c_void_p]),
     "ggml_init": (c_void_p, [_Parameters]),
     "ggml_free": (None, [c_void_p]),
     "ggml_new_tensor_2d": (c_void_p, [c_void_p, c_int, c_int64, c_int64]),
@@ -60,12 +73,14 @@ class Ggml:
     def __init__(self):
         import llama_cpp
 
-        folder = Path(llama_cpp.__file__).parent / "lib"
-        libraries = [ctypes.CDLL(str(next(folder.glob(f"libggml{part}.so")))) for part in ("-base", "-cpu")]
+        libraries = [ctypes.CDLL(f"libggml-{part}.so.0") for part in ("base", "cpu")]  # llama_cpp has loaded them
         for name, (result, arguments) in _FUNCTIONS.items():
             function = next(getattr(library, name) for library in libraries if hasattr(library, name))
             function.restype, function.argtypes = result, arguments
             setattr(self, name.removeprefix("ggml_"), function)
+        self._log = _LOG(lambda level, text, data: None)  # kept: the library holds its address
+        self.log_set(self._log, None)
+        self.thread = ThreadPoolExecutor(1)
         self.version = llama_cpp.__version__
         self.backend = self.backend_cpu_init()
         self.device = self.backend_get_device(self.backend)
@@ -73,7 +88,7 @@ class Ggml:
         registry = self.backend_dev_backend_reg(self.device)
         if found := self.backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts"):
             extra = ctypes.CFUNCTYPE(POINTER(c_void_p), c_void_p)(found)(self.device)
-            for i in iter(range(16)):
+            for i in range(16):
                 if not (extra and extra[i]):
                     break
                 self.buffer_types[self.backend_buft_name(extra[i]).decode()] = extra[i]
@@ -93,8 +108,9 @@ class Product:
         ValueError: this buffer type has no product for that.
     """
 
-    def __init__(self, ggml: Ggml, buffer_type: str, w: np.ndarray, x: np.ndarray, copies: int):
-        self._ggml, (n, k), m = ggml, w.shape, x.shape[0]
+    def __init__(self, ggml: Ggml, buffer_type: str, w: np.ndarray, x: np.ndarray, copies: int, threads: int):
+        self._buffers, self._contexts, self._graphs = [], [], []
+        self._ggml, self._threads, (n, k), m = ggml, threads, w.shape, x.shape[0]
         place = ggml.buffer_types[buffer_type]
         self.bytes = n * ggml.row_size(Q4_0, k)
         codes = np.empty(self.bytes, np.uint8)
@@ -110,7 +126,7 @@ class Product:
         inputs = ggml.new_tensor_2d(self._contexts[1], F32, k, m)
         self._buffers = [ggml.backend_alloc_ctx_tensors_from_buft(self._contexts[0], place)]
         ggml.backend_buffer_set_usage(self._buffers[0], WEIGHTS)
-        self._graphs, self._nodes, self._next = [], nodes, 0
+        self._nodes, self._next = nodes, 0
         for g in range(graphs):
             graph = ggml.new_graph(self._contexts[1])
             for i in range(nodes):
@@ -128,17 +144,20 @@ class Product:
         ggml.backend_tensor_set(inputs, _pointer(x), 0, x.nbytes)
         self._shape = (m, n)
 
-    def __call__(self, count: int, threads: int) -> int:
-        """At least ``count`` products; returns how many were done."""
-        self._ggml.backend_cpu_set_n_threads(self._ggml.backend, threads)
-        done = 0
+    def __call__(self, count: int) -> tuple[int, float]:
+        """At least ``count`` products: (how many were done, in how many seconds)."""
+        return self._ggml.thread.submit(self._compute, count).result()
+
+    def _compute(self, count: int) -> tuple[int, float]:
+        self._ggml.backend_cpu_set_n_threads(self._ggml.backend, self._threads)
+        done, begin = 0, time.perf_counter()
         while done < count:
             status = self._ggml.backend_graph_compute(self._ggml.backend, self._graphs[self._next % len(self._graphs)])
             if status:
                 raise RuntimeError(f"ggml_backend_graph_compute gave status {status}")
             self._next += 1
             done += self._nodes
-        return done
+        return done, time.perf_counter() - begin
 
     def result(self) -> np.ndarray:
         """float32 [M, N] of the last product of the last graph."""
@@ -147,12 +166,42 @@ class Product:
         return y
 
     def free(self) -> None:
+        """Give the memory back; done by the garbage collector, too."""
         for buffer in self._buffers:
             self._ggml.backend_buffer_free(buffer)
         for context in self._contexts:
             self._ggml.free(context)
         self._buffers, self._contexts = [], []
 
+    __del__ = free
+
 
 def _pointer(array: np.ndarray) -> int:
     return array.ctypes.data
+
+
+def check(buffer_type: str) -> None:
+    """Multiply by several tokens in another process.
+
+    Raises:
+        ValueError: it crashed, or the result is wrong.
+    """
+    done = subprocess.run([sys.executable, __file__, buffer_type], capture_output=True, text=True)
+    if done.returncode:
+        why = f"crashed with signal {-done.returncode}" if done.returncode < 0 else done.stderr.splitlines()[-1]
+        raise ValueError(f"ggml's product in {buffer_type} buffers {why}; see benchmarks/ggml.py on GCC 12")
+
+
+def _check(buffer_type: str) -> None:
+    random = np.random.default_rng(0)
+    w, x = (random.standard_normal((rows, 256), dtype=np.float32) for rows in (64, 40))
+    product = Product(Ggml(), buffer_type, w, x, copies=1, threads=1)
+    product(1)
+    y = x @ w.T
+    error = np.linalg.norm(product.result() - y) / np.linalg.norm(y)
+    if not error < 0.15:  # 4-bit blocks of 32 normal weights: about 0.09
+        raise ValueError(f"gives a relative error of {error}")
+
+
+if __name__ == "__main__":
+    _check(sys.argv[1])

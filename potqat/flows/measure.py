@@ -105,8 +105,11 @@ def peak_rate(isa: str, threads: int, rounds: int) -> float:
     """Operations a second (two a multiply-add) of an instruction set's int8 dot product on registers, ``threads``
     cores together: the median of ``rounds`` samples."""
     steps = 1000
-    return 2 * threads * _C.peak(isa, steps) * _per_second(
-        [(lambda isa, count: _C.peak(isa, count * steps), isa)] * threads, rounds
+    return (
+        2
+        * threads
+        * _C.peak(isa, steps)
+        * _per_second([(lambda isa, count: _C.peak(isa, count * steps), isa)] * threads, rounds)
     )
 
 
