@@ -16,22 +16,19 @@ llama.cpp; what is not installed or does not run is a row that says so.
 
 import argparse
 import json
-import warnings
 from functools import cache, partial
-from pathlib import Path
 
 import ggml
+import report
 import roofline
 import torch
 from torch import nn
 from tqdm import tqdm
 
-import potqat
 from potqat.config import PoTConfig
 from potqat.flows import bench, results
 from potqat.flows.bench import Layer, Peer
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (4096, 4096), (50257, 768))  # n, k
 ROWS = (1, 2, 4, 8, 32, 128, 512)
 COMPILED_ROWS = (1, 32, 512)  # each is compiled anew
@@ -47,25 +44,22 @@ def main() -> None:
     parser.add_argument("--isa", help="potqat's instruction set (default: the best)")
     parser.add_argument("--out", metavar="NAME", help="of the files in benchmarks/results (default: kernels_ISA)")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")  # of torch and torchao, which deprecate what is timed here
-    if arguments.isa:
-        potqat.set_isa(arguments.isa)
+    path = report.start(arguments.isa, arguments.out, "kernels")
     plan = bench.Plan(
         shapes=arguments.shapes or (bench.SHORT.shapes if arguments.quick else SHAPES),
         rows=arguments.rows or (bench.SHORT.rows if arguments.quick else ROWS),
         threads=arguments.threads,
         rounds=arguments.rounds,
     )
-    path = RESULTS / f"{arguments.out or 'kernels_' + potqat.cpu_info()['isa']}.json"
     groups = []
     with tqdm(total=plan.turns(peers()), desc="kernels", unit="sample") as progress:
         for calibration, rows in bench.run(plan, peers(), progress.update):
             groups.append((calibration, rows))
             progress.write(bench.table(calibration, rows) + "\n")
-            results.write_json(path, merge(path, bench.report(groups)))
-    report = json.loads(path.read_text())
-    path.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
-    roofline.plot(path.with_suffix(".png"), report)
+            results.write_json(path, report.merge(path, bench.report(groups), bench.KEY))
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    path.with_suffix(".md").write_text(markdown(whole), encoding="utf-8")
+    roofline.plot(path.with_suffix(".png"), whole)
     print(f"wrote {path}, .md and .png")
 
 
@@ -160,39 +154,25 @@ def _checked(place: str) -> None:
 # ---- Results ------------------------------------------------------------------------------------------------
 
 
-def merge(path: Path, report: dict) -> dict:
-    """``report`` and the groups of an earlier one in ``path`` that it does not measure anew, if the machine is the
-    same in all it says but the threads."""
-    if not path.exists():
-        return report
-    earlier = json.loads(path.read_text())
-    if {**earlier["machine"], "threads": None} != {**report["machine"], "threads": None}:
-        return report
-    key = lambda entry: tuple(entry[name] for name in bench.KEY)  # noqa: E731
-    now = {key(entry) for entry in report["calibration"]}
-    kept = {part: [entry for entry in earlier[part] if key(entry) not in now] for part in ("calibration", "rows")}
-    return report | {part: kept[part] + report[part] for part in kept}
-
-
-def markdown(report: dict) -> str:
+def markdown(whole: dict) -> str:
     """All groups as one table: microseconds, the median, of each peer."""
     names = [peer.name for peer in peers()]
-    about = report["machine"]
+    about = whole["machine"]
     lines = [
         f"{about['cpu']}, {about['isa']}, torch {about['torch']}, potqat {about['potqat']}. Microseconds, medians.",
         "",
         f"| m, n, k | threads | weights | read GB/s | peak GOPS | {' | '.join(names)} |",
         "|" + "---|" * (5 + len(names)),
     ]
-    for group in report["calibration"]:
-        rows = {r["peer"]: r for r in report["rows"] if all(r[name] == group[name] for name in bench.KEY)}
+    for group in whole["calibration"]:
+        rows = {r["peer"]: r for r in whole["rows"] if all(r[name] == group[name] for name in bench.KEY)}
         cells = [f"{group['m']}, {group['n']}, {group['k']}", str(group["threads"]), group["residency"]]
         cells += [f"{group['read_gb_per_second']:.1f}", f"{group['peak_gops']:,.0f}"]
         for name in names:
             row = rows.get(name)
             cells.append("" if row is None else "-" if row["error"] else f"{row['microseconds']['median']:,.1f}")
         lines.append(f"| {' | '.join(cells)} |")
-    errors = {(row["peer"], row["error"]) for row in report["rows"] if row["error"]}
+    errors = {(row["peer"], row["error"]) for row in whole["rows"] if row["error"]}
     return "\n".join([*lines, "", *(f"* {peer} did not run: {error}" for peer, error in sorted(errors)), ""])
 
 
