@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from potqat.cli import main
+from potqat.flows import bench
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,7 +18,8 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder with what the README names and a reader has or downloads: ``gpt2``, here a small GPT-2 with random
-    weights and a tokenizer of bytes (a folder of that name goes before the hub), and ``text.txt``."""
+    weights and a tokenizer of bytes (a folder of that name goes before the hub), and ``text.txt``. What ``bench`` times
+    is small, too."""
     transformers = pytest.importorskip("transformers", reason="needs potqat[hf]")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -34,6 +36,8 @@ def workplace(tmp_path, monkeypatch):
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[-1])
     fast.save_pretrained("gpt2")
     Path("text.txt").write_text(README, encoding="utf-8")
+    monkeypatch.setattr(bench, "SHORT", bench.Plan(shapes=((64, 96),), rows=(1,), threads=(), rounds=1))
+    monkeypatch.setattr(bench, "rotation_bytes", lambda peers: 100_000)
     return tmp_path
 
 
@@ -50,11 +54,12 @@ def test_commands_and_python_blocks_run_in_order(workplace, capsys, one_thread):
                 capsys.readouterr()
                 assert main(arguments) == 0, line
                 printed[arguments[0]] = capsys.readouterr().out
-    assert list(printed) == ["quantize", "generate", "eval", "inspect", "doctor"]
+    assert list(printed) == ["quantize", "generate", "eval", "inspect", "bench", "doctor"]
     assert "11 layers quantized, 0 left float." in printed["quantize"]
     assert printed["generate"].startswith("The water cycle")
     assert re.match(r"perplexity \d+\.\d+ .* on text\.txt: first 4,096 of [\d,]+ tokens, context 512", printed["eval"])
     assert "tied to transformer.wte" in printed["inspect"]
+    assert re.search(r"potqat pot4 +\d", printed["bench"])
     assert "equal bit for bit" in printed["doctor"]
     assert "11 quantized, 0 skipped" in capsys.readouterr().out
     assert {path.name for path in workplace.iterdir()} == {"gpt2", "gpt2-e2m1", "gpt2-trained", "packed", "text.txt"}
