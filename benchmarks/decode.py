@@ -106,7 +106,7 @@ def run(shape: GPTConfig, arms: list[str], threads: int, rounds: int) -> dict:
     }
     shape = {name: getattr(shape, name) for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
     return {"machine": results.machine(), "shape": shape, "prefill_tokens": PREFILL, "context": CONTEXT,
-            "rounds": rounds, "calibration": [calibration], "rows": rows}  # fmt: skip
+            "rounds": rounds, "versions": report.versions(), "calibration": [calibration], "rows": rows}  # fmt: skip
 
 
 # ---- Arms: (float model, ids, threads, folder) -> Running ---------------------------------------------------

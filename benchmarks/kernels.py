@@ -56,7 +56,9 @@ def main() -> None:
         for calibration, rows in bench.run(plan, peers(), progress.update):
             groups.append((calibration, rows))
             progress.write(bench.table(calibration, rows) + "\n")
-            results.write_json(path, report.merge(path, bench.report(groups), bench.KEY))
+            results.write_json(
+                path, report.merge(path, bench.report(groups) | {"versions": report.versions()}, bench.KEY)
+            )
     whole = json.loads(path.read_text(encoding="utf-8"))
     path.with_suffix(".md").write_text(markdown(whole), encoding="utf-8")
     roofline.plot(path.with_suffix(".png"), whole)

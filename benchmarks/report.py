@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import potqat
+from potqat.flows.doctor import installed
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,6 +25,11 @@ def start(isa: str | None, name: str | None, kind: str) -> Path:
     if isa:
         potqat.set_isa(isa)
     return RESULTS / f"{name or kind + '_' + potqat.cpu_info()['isa']}.json"
+
+
+def versions() -> dict[str, str | None]:
+    """Of the peers that are packages of their own; None: not installed."""
+    return {name: installed(name) for name in ("torchao", "llama-cpp-python")}
 
 
 def merge(path: Path, report: dict[str, Any], key: tuple[str, ...]) -> dict[str, Any]:

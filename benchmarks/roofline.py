@@ -17,7 +17,9 @@ def plot(path: Path, report: dict) -> None:
     groups = [group for group in report["calibration"] if group["residency"] == "hot"]
     shapes = list(dict.fromkeys((group["n"], group["k"]) for group in groups))
     threads = list(dict.fromkeys(group["threads"] for group in groups))
-    peers = list(dict.fromkeys(row["peer"] for row in report["rows"] if not row["error"]))
+    lines = {(row["peer"], row["m"]) for row in report["rows"] if not row["error"] and row["residency"] == "hot"}
+    peers = list(dict.fromkeys(row["peer"] for row in report["rows"]))
+    peers = [peer for peer in peers if sum(name == peer for name, _ in lines) > 1]  # one m is no line
     colors = dict(zip(peers, (*colormaps["tab10"].colors, *colormaps["Dark2"].colors), strict=False))
     figure = Figure(figsize=(0.6 + 4.4 * len(shapes), 1 + 4 * len(threads)), layout="constrained")
     panels = figure.subplots(len(threads), len(shapes), squeeze=False, sharex=True, sharey=True)
@@ -42,7 +44,14 @@ def plot(path: Path, report: dict) -> None:
     for axis in panels[:, 0]:
         axis.set_ylabel("GOPS")
     handles = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=max(2, 3 * len(shapes) // 2),
+        frameon=False,
+        fontsize=9,
+    )
     about = report["machine"]
     figure.suptitle(f"{about['cpu']}, {about['isa']}: one linear layer, hot weights", fontsize=11)
     save_figure(figure, path)
@@ -63,7 +72,11 @@ def _roofs(axis, groups: list[dict], intensities: list[float]) -> None:
     low, high = min(intensities), max(intensities)
     x = [low, max(low, peak / bandwidth), max(high, 2 * peak / bandwidth)]
     axis.plot(x, [min(peak, bandwidth * value) for value in x], color="black", lw=1.2, ls="--")
-    axis.annotate(f"{bandwidth:.0f} GB/s", (x[0], bandwidth * x[0]), textcoords="offset points", xytext=(2, 6), size=8)
+    middle = (x[0] * x[1]) ** 0.5  # of the slope, on the logarithmic axis
+    axis.annotate(
+        f"{bandwidth:.0f} GB/s", (middle, bandwidth * middle), textcoords="offset points", xytext=(-8, 2), size=8,
+        ha="right",
+    )  # fmt: skip
     axis.annotate(f"{peak:,.0f} GOPS", (x[-1], peak), textcoords="offset points", xytext=(0, 4), size=8, ha="right")
     axis.set_xscale("log")
     axis.set_yscale("log")

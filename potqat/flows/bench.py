@@ -86,7 +86,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         s = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
         q = (x / s).round().to(torch.int8)
-        return torch._int_mm(q, self.q.t()).float() * (s * self.scale)
+        return (torch._int_mm(q, self.q.t()) * s).mul_(self.scale)
 
 
 def tensor_bytes(module: nn.Module) -> int:
