@@ -123,24 +123,17 @@ class Blocks {
 
  private:
   void rows(int64_t r0, int64_t count) {
-    // One group of float32: results go where they belong. Else they gather here, and are cast and copied at the end.
-    const bool direct = groups_ == 1 && a_.dtype == DType::kFloat32;
+    // float32 of one group, or of few rows: results go where they belong. Else they gather here, and are cast and
+    // copied at the end.
+    const bool direct = a_.dtype == DType::kFloat32 && (groups_ == 1 || count <= kRowPadding);
     float* y = direct ? static_cast<float*>(a_.out) + r0 * a_.n + n0_ : y_;
     const int64_t y_stride = direct ? a_.n : kWidth;
+    float padded[2][kWidth];
     for_each_group(a_.k, a_.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
-      float scale[kWidth] = {}, bias[kWidth] = {};
-      std::memcpy(scale, a_.scale + group * a_.n + n0_, width_ * sizeof(float));
-      const bool add_bias = a_.bias && last == a_.k;
-      if (add_bias) std::memcpy(bias, a_.bias + n0_, width_ * sizeof(float));
-      const Output output = {in_.scale.data() + r0,
-                             scale,
-                             add_bias ? bias : nullptr,
-                             nullptr,
-                             group == 0,
-                             direct && stream_,
-                             width_,
-                             y,
-                             y_stride};
+      const float* scale = whole_width(a_.scale + group * a_.n + n0_, padded[0]);
+      const float* bias = a_.bias && last == a_.k ? whole_width(a_.bias + n0_, padded[1]) : nullptr;
+      const Output output = {in_.scale.data() + r0, scale,  bias, nullptr, group == 0,
+                             direct && stream_,     width_, y,    y_stride};
       if (a_.activations == Activations::kFloat) {
         dot_float(first, last, r0, count, output);
       } else {
@@ -149,6 +142,14 @@ class Blocks {
     });
     if (direct) return;
     for (int64_t r = 0; r < count; ++r) store(y_ + r * kWidth, width_, a_.dtype, a_.out, (r0 + r) * a_.n + n0_);
+  }
+
+  // kWidth numbers that can be read: a copy where the output ends before. Touches those of the next columns: the scales
+  // of a group are far from those of the next one.
+  const float* whole_width(const float* values, float* copy) const {
+    if (width_ < kWidth) return std::fill(std::copy_n(values, width_, copy), copy + kWidth, 0.0f), copy;
+    for (int i = 0; i < kWidth; i += 16) __builtin_prefetch(values + kWidth + i);
+    return values;
   }
 
   int64_t inputs_a_line() const { return kLineBytes * 8 / a_.q.grid.bits / kTileOutputs; }

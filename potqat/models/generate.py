@@ -5,13 +5,16 @@ B = batch, T = time (tokens), V = vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from potqat.models.gpt import GPT
+from potqat.models.gpt import GPT, KVCache
+
+SLOTS = 64  # a decoder reads whole multiples of so many slots of its cache
 
 
 class Decoder:
@@ -34,6 +37,7 @@ class Decoder:
         self.model, self.batch_size, self.length = model, batch_size, 0
         self.cache = model.empty_cache(batch_size)
         self._step = torch.compile(model, fullgraph=True) if compile else model
+        self._slots: KVCache = []
 
     @torch.no_grad()
     def __call__(self, idx: torch.Tensor) -> torch.Tensor:
@@ -55,9 +59,18 @@ class Decoder:
             )
         positions = torch.arange(self.length, end, device=idx.device)  # (T)
         idx = idx.clone(memory_format=torch.contiguous_format)  # the strides of a slice would be another graph
-        logits = (self._step if t == 1 else self.model)(idx, self.cache, positions)
+        logits = (self._step if t == 1 else self.model)(idx, self._slots_for(end), positions)
         self.length = end
         return logits
+
+    def _slots_for(self, length: int) -> KVCache:
+        """Views of the cache's first slots, a multiple of ``SLOTS``: what lies behind them need not be read."""
+        wanted = min(-(-length // SLOTS) * SLOTS, self.model.config.block_size)
+        if not self._slots or self._slots[0][0].shape[2] != wanted:
+            self._slots = [(keys[:, :, :wanted], values[:, :, :wanted]) for keys, values in self.cache]
+            for view in itertools.chain.from_iterable(self._slots):
+                torch._dynamo.maybe_mark_dynamic(view, 2)  # one graph for every number of slots
+        return self._slots
 
 
 def generate(model: nn.Module, idx: torch.Tensor, n: int, **options) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-KVCache: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [B, heads, S, C/heads]
+KVCache: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [B, heads, slots, C/heads]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         mask = None
         if past is not None:
-            # All S slots and a mask: the shapes, and so the compiled graph, are the same at every position.
+            # All slots and a mask: the shapes, and so the compiled graph, are the same at many positions.
             keys, values, positions, mask = past
             k = keys.index_copy_(2, positions, k.to(keys.dtype))  # autocast makes k bfloat16
             v = values.index_copy_(2, positions, v.to(values.dtype))
@@ -113,8 +113,9 @@ class GPT(nn.Module):
     Shapes: token ids int64 [B, T], T at most ``block_size`` -> logits [B, T, V].
 
     With ``cache`` (of ``empty_cache``) the tokens follow those that the cache holds: their keys and values are written
-    into it at ``positions``, int64 [T], each below ``block_size``; each token sees the cache up to its own position.
-    ``potqat.models.generate.Decoder`` keeps count of the positions. For inference: call it under ``torch.no_grad()``.
+    into it at ``positions``, int64 [T]; each token sees the cache up to its own position. A cache of fewer slots, views
+    of the first ones, is read faster; every position must lie in it. ``potqat.models.generate.Decoder`` keeps count of
+    the positions. For inference: call it under ``torch.no_grad()``.
 
     Raises:
         ValueError: more tokens than ``block_size``, or a cache without positions.
@@ -152,7 +153,7 @@ class GPT(nn.Module):
         if cache is None:
             positions = torch.arange(t, device=idx.device)  # (T)
         else:
-            mask = torch.arange(self.config.block_size, device=idx.device) <= positions[:, None]  # (T, S)
+            mask = torch.arange(cache[0][0].shape[2], device=idx.device) <= positions[:, None]  # (T, slots)
             pasts = [(keys, values, positions, mask) for keys, values in cache]
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
         for block, past in zip(self.transformer.h, pasts, strict=True):
@@ -160,7 +161,7 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
 
     def empty_cache(self, batch_size: int) -> KVCache:
-        """Keys and values of each layer, zeros [B, heads, S, C/heads] in the model's float dtype, on its device.
+        """Keys and values of each layer, zeros [B, heads, S + 1, C/heads] in the model's float dtype, on its device.
 
         Raises:
             ValueError: a batch size below 1.
@@ -168,7 +169,8 @@ class GPT(nn.Module):
         if batch_size < 1:
             raise ValueError(f"GPT: a cache needs a batch size of at least 1, got {batch_size}")
         config = self.config
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        # One slot is never used: a view of all slots would be contiguous, for which torch.compile makes another graph.
+        shape = (batch_size, config.n_head, config.block_size + 1, config.n_embd // config.n_head)
         like = self.transformer.ln_f.weight  # float in a packed model, too
         return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.n_layer)]
 

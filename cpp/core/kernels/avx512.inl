@@ -52,9 +52,12 @@ void few_rows(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32_
       for (auto& s : row) s = _mm512_setzero_si512();
     }
   }
+  const int64_t ahead = COLUMNS * d.column_bytes;
   for (int64_t line = 0; line < d.line_count; ++line) {
     UNROLL for (int c = 0; c < COLUMNS; ++c) {
-      decoder.decode(_mm512_loadu_si512(lines + c * d.column_bytes + line * 64), part);
+      const uint8_t* bytes = lines + c * d.column_bytes + line * 64;
+      _mm_prefetch(bytes + ahead, _MM_HINT_T1);  // the next columns: streams of a few KB are too short for the hardware
+      decoder.decode(_mm512_loadu_si512(bytes), part);
       UNROLL for (int r = 0; r < ROWS; ++r) {
         UNROLL for (int p = 0; p < kParts; ++p) {
           const __m512i input = broadcast4(d.q + r * d.q_stride + (line * kParts + p) * 4);
