@@ -12,7 +12,7 @@ from typing import Any
 
 GRIDS = ("pot4", "e2m1", "int4", "int8")
 SCALES = ("absmax", "mse", "output", "learned", "paper")
-ROUNDINGS = ("nearest", "log", "paper")
+ROUNDINGS = ("nearest", "log", "paper", "gptq")
 STES = ("clipped", "identity")
 PACKED_GROUP_MULTIPLE = 32
 
@@ -29,11 +29,12 @@ class PoTConfig:
         granularity: weights that share one scale: ``"tensor"``, ``"channel"`` (one output feature), or a group
             size along the inputs, a multiple of 32 (the last group may be short).
         scale: ``"absmax"`` (top level = largest magnitude), ``"mse"`` (search for the least squared weight
-            error), ``"output"`` (the same, weighted by activation statistics), ``"learned"`` (trained with the
-            LSQ gradient, started from ``scale_init``), ``"paper"`` (moving-average absmax floored at ``eps``; for
-            granularity ``"tensor"``).
+            error), ``"output"`` (the same, weighted by activation statistics from calibration), ``"learned"``
+            (trained with the LSQ gradient, started from ``scale_init``), ``"paper"`` (moving-average absmax floored
+            at ``eps``; for granularity ``"tensor"``).
         rounding: ``"nearest"`` (ties to the larger magnitude), ``"log"`` (nearest in the log domain),
-            ``"paper"`` (to an integer first, then ``log``).
+            ``"paper"`` (to an integer first, then ``log``), ``"gptq"`` (nearest, with error compensation along the
+            inputs; needs calibration data, so it is for ``quantize_``).
         activations: ``"int8"`` (per token, symmetric, dynamic) or None (float activations).
         embedding_grid: grid of embeddings and of heads tied to them; None leaves them float.
         skip: module names or globs left float, matched on the whole path or on any segment of it.
@@ -91,6 +92,22 @@ class PoTConfig:
     def group_size(self) -> int:
         """Inputs that share a scale; 0 means all of them (channel and tensor granularity)."""
         return 0 if isinstance(self.granularity, str) else self.granularity
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.scale == "output" or self.rounding == "gptq"
+
+    @property
+    def without_calibration(self) -> PoTConfig:
+        """The same for a weight without statistics of its inputs: least squared error, rounding to nearest."""
+        scale = "mse" if self.scale == "output" else self.scale
+        rounding = "nearest" if self.rounding == "gptq" else self.rounding
+        return dataclasses.replace(self, scale=scale, rounding=rounding)
+
+    @property
+    def level_rounding(self) -> str:
+        """How a single value becomes a level: ``gptq`` changes the values and takes the nearest level to each."""
+        return "nearest" if self.rounding == "gptq" else self.rounding
 
     def groups(self, in_features: int) -> int:
         """Number of scales along the inputs of one output feature, at least 1."""

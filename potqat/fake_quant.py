@@ -32,6 +32,8 @@ class PoTFakeQuantize(nn.Module):
         self.cfg, self.name = cfg, name
         if cfg.scale == "output":
             raise ValueError("scale='output' needs calibration statistics; train with scale='learned' instead")
+        if cfg.rounding == "gptq":
+            raise ValueError("rounding='gptq' changes weights after training; train with rounding='nearest' instead")
         self.enabled = True
         scale = ops.compute_scale(weight, cfg)  # for all: refuses what cannot be quantized before training starts
         if cfg.scale == "learned":

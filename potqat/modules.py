@@ -185,5 +185,10 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> No
     """Put each new module in the place of its old one, under every name that the old one has in ``model``."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, replacements[module])
+            put(model, name, replacements[module])
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Make ``module`` the submodule ``name`` of ``model``."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -50,7 +50,7 @@ def compute_scale(w: torch.Tensor, cfg: PoTConfig, importance: torch.Tensor | No
         )
     per_tensor = cfg.granularity == "tensor"
     scale = _call(
-        _ops.compute_scale, w.detach(), importance, cfg.grid, cfg.rounding, method, cfg.group_size, per_tensor
+        _ops.compute_scale, w.detach(), importance, cfg.grid, cfg.level_rounding, method, cfg.group_size, per_tensor
     )
     return scale.clamp_min(cfg.eps) if cfg.scale == "paper" else scale
 
@@ -71,7 +71,7 @@ def fake_quantize(w: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> torch
     """
     _check_weight("fake_quantize", w)
     _check_scale("fake_quantize", scale, w.shape[0], w.shape[1], cfg)
-    return _call(_ops.fake_quant, w, scale, cfg.grid, cfg.rounding, cfg.group_size, cfg.ste == "clipped")
+    return _call(_ops.fake_quant, w, scale, cfg.grid, cfg.level_rounding, cfg.group_size, cfg.ste == "clipped")
 
 
 def pack(w: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> torch.Tensor:
@@ -90,7 +90,7 @@ def pack(w: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> torch.Tensor:
     _check_weight("pack", w)
     check_packable("pack", cfg.grid)
     _check_scale("pack", scale, w.shape[0], w.shape[1], cfg)
-    return _call(_ops.pack, w.detach(), scale, cfg.grid, cfg.rounding, cfg.group_size)
+    return _call(_ops.pack, w.detach(), scale, cfg.grid, cfg.level_rounding, cfg.group_size)
 
 
 def unpack(packed: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig, shape: tuple[int, int]) -> torch.Tensor:

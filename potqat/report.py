@@ -11,6 +11,10 @@ class Entry:
 
     Bytes count the weight (and its scales) once: a tied weight counts where it was first met, 0 elsewhere.
     ``sqnr_db`` is 10 log10(sum w^2 / sum (w - w_hat)^2), None where nothing was quantized.
+
+    Only of a calibrated layer: ``method`` says how, and ``output_error`` is the squared change of its outputs on the
+    calibration data relative to their squares; ``output_error_nearest`` the same with absmax scales and rounding to
+    nearest, which is what it would be without calibration.
     """
 
     name: str
@@ -23,6 +27,9 @@ class Entry:
     bytes_before: int = 0
     bytes_after: int = 0
     sqnr_db: float | None = None
+    method: str = ""
+    output_error: float | None = None
+    output_error_nearest: float | None = None
 
 
 @dataclass
@@ -57,13 +64,17 @@ class Report:
         }
 
     def __str__(self) -> str:
-        rows = [("module", "kind", "shape", "grid", "scales", "SQNR dB", "bytes")]
+        calibrated = any(e.output_error is not None for e in self.entries)
+        rows = [("module", "kind", "shape", "grid", "scales", "SQNR dB", *["output error"] * calibrated, "bytes")]
         for e in self.entries:
             shape = "x".join(map(str, e.shape))
             sqnr = "" if e.sqnr_db is None else f"{e.sqnr_db:.1f}"
             bytes_ = f"{e.bytes_before:,} -> {e.bytes_after:,}"
             grid = e.grid if e.action == "quantized" else f"skipped: {e.reason}"
-            rows.append((e.name, e.kind, shape, grid, str(e.granularity), sqnr, bytes_))
+            error = ""
+            if e.output_error is not None:
+                error = f"{e.output_error:.2%} (nearest {e.output_error_nearest:.2%})"
+            rows.append((e.name, e.kind, shape, grid, str(e.granularity), sqnr, *[error] * calibrated, bytes_))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(

@@ -138,9 +138,10 @@ class PoTQuantizer(Quantizer):
         if reason:
             return Entry(**entry, action="skipped", reason=reason, bytes_after=size)
         made = self.fake_quants[use.parameter]
+        error = sqnr_db(weight, weight, made.scale(weight), made.cfg)
         return Entry(
             **entry, action="quantized", reason="" if first else "tied: packed once", grid=made.cfg.grid,
-            granularity=made.cfg.granularity, bytes_after=size, sqnr_db=sqnr_db(weight, made.scale(weight), made.cfg),
+            granularity=made.cfg.granularity, bytes_after=size, sqnr_db=error,
         )  # fmt: skip
 
     def prepare_obs_or_fq_callback(self, model: GraphModule, edge_or_node_to_obs_or_fq: dict) -> None:

@@ -1,0 +1,262 @@
+"""Run a model over calibration data block by block, and hand out the second moments of its linear layers' inputs.
+
+Only one block runs at a time: its inputs, the hidden states of all calibration tokens, are all that is kept, and one
+moment. So memory does not grow with the number of blocks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Linear layers with the same inputs, in the order of their calls, and what is known of these.
+
+    Attributes:
+        moment: mean of x x^T over the inputs, float64 [K, K]; zeros if no input came.
+        count: inputs, [K] each.
+    """
+
+    layers: list[nn.Module]
+    moment: torch.Tensor
+    count: int
+
+
+def check_batches(batches: object) -> list[torch.Tensor]:
+    """Calibration data as a list.
+
+    Raises:
+        ValueError: no batch, or one that is not int64 [B, T] with at least one token.
+    """
+    if isinstance(batches, torch.Tensor):
+        raise ValueError(
+            "potqat.quantize_: calibration must be an iterable of token tensors, got one tensor; pass [tokens]"
+        )
+    batches = list(batches)
+    if not batches:
+        raise ValueError("potqat.quantize_: calibration is empty; give at least one int64 [B, T] tensor of tokens")
+    for i, ids in enumerate(batches):
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
+            got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+            raise ValueError(f"potqat.quantize_: calibration[{i}] must be int64 token ids [B, T], got {got}")
+    return batches
+
+
+@torch.no_grad()
+def walk(model: nn.Module, batches: Sequence[torch.Tensor], layers: Collection[nn.Module]) -> Iterator[Inputs]:
+    """Yield the inputs of each of ``layers``, in the order of their calls.
+
+    The caller may replace the layers in ``model`` by others before it asks for the next inputs: these come from a model
+    that holds the new ones. Put the model into eval mode first.
+
+    Args:
+        model: called with token ids; holds an nn.ModuleList of blocks, called one after another, each once and on what
+            the one before it returned.
+        batches: token ids, int64 [B, T] each.
+        layers: modules whose one input is [..., K]. One that is never called comes with a count of 0.
+
+    Raises:
+        ValueError: the model does not run on the first batch, or has no such blocks.
+    """
+    chain = _Chain(model, batches)
+    names = {module: name for name, module in model.named_modules()}
+    left = {m: name for m, name in names.items() if m in layers}
+    inside = [[left.pop(m) for m in block.modules() if m in left] for block in chain.blocks]
+    early = [name for name in left.values() if name in chain.called_before]
+    late = [name for name in left.values() if name not in chain.called_before]
+    with chain.patched():
+        yield from chain.inputs(early, -1)
+        chain.advance(-1)
+        bar = tqdm(
+            inside, "calibrate", unit="block", delay=2, leave=False, dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 5.0,
+        )  # fmt: skip
+        for i, members in enumerate(bar):
+            yield from chain.inputs(members, i)
+            if late or i + 1 < len(inside):
+                chain.advance(i)
+        yield from chain.inputs(late, len(inside))
+
+
+class _Reached(Exception):
+    """Thrown through the model's forward where the rest of it is of no use."""
+
+
+class _Chain:
+    """The blocks of a model, and the hidden states that enter the next one to run.
+
+    Each block's forward is patched, so that the model itself prepares every argument but the hidden states: a run of
+    block i passes the blocks before it, hands it the kept hidden states, and ends when it returns.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[torch.Tensor]):
+        self.model, self.batches = model, batches
+        self.options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        self.hidden: list[torch.Tensor | None] = [None] * len(batches)
+        self._find_blocks()
+
+    def _find_blocks(self) -> None:
+        """Run the row with the largest token id, and take the ModuleList that is a chain and holds most weights."""
+        lists = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+        seen: list[nn.Module] = []
+        ends: dict[nn.Module, tuple[torch.Tensor, object]] = {}
+
+        def before(module, args, kwargs):
+            seen.append(module)
+
+        def after(module, args, kwargs, output):
+            ends[module] = _hidden_in(args, kwargs), output
+
+        children = {child for modules in lists.values() for child in modules}
+        hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in self.model.modules()]
+        hooks += [m.register_forward_hook(after, with_kwargs=True) for m in children]
+        batch = max(self.batches, key=lambda ids: int(ids.max()))
+        row = int(batch.max(1).values.argmax())
+        try:
+            self.model(batch[row : row + 1], **self.options)
+        except Exception as error:
+            raise ValueError(
+                f"potqat.quantize_: the float model does not run on calibration tokens {list(batch[row].shape)} up to "
+                f"id {int(batch.max())}: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+        def is_chain(modules: nn.ModuleList) -> bool:
+            if any(seen.count(m) != 1 for m in modules) or sorted(modules, key=seen.index) != list(modules):
+                return False
+            inputs, outputs = zip(*(ends[m] for m in modules), strict=True)
+            flow = zip([_hidden_of(out) for out in outputs[:-1]], inputs[1:], strict=True)
+            return all(torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b) for a, b in flow)
+
+        chains = [modules for modules in lists.values() if is_chain(modules)]
+        if not chains:
+            raise ValueError(
+                f"potqat.quantize_: {type(self.model).__name__} holds no nn.ModuleList of blocks that are called one "
+                "after another, each on what the one before returned; calibration needs one, as in GPT-2 and Llama"
+            )
+        self.blocks = max(chains, key=lambda modules: sum(p.numel() for p in modules.parameters()))
+        names = {module: name for name, module in self.model.named_modules()}
+        self.called_before = {names[m] for m in seen[: seen.index(self.blocks[0])]}
+        # What a block returns beside the hidden states (attention weights, where asked for) no other block reads.
+        self._extra = [len(ends[m][1]) - 1 if isinstance(ends[m][1], tuple) else None for m in self.blocks]
+
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        """While it lasts, a call of the model is a run of block ``self._at`` on ``self._now``."""
+        before = [block.__dict__.get("forward") for block in self.blocks]
+        for i, block in enumerate(self.blocks):
+            block.forward = self._forward(i, block.forward)
+        try:
+            yield
+        finally:
+            for block, forward in zip(self.blocks, before, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+    def _forward(self, i: int, original: Callable) -> Callable:
+        def forward(*args, **kwargs):
+            if self._at < 0:
+                self._now = _hidden_in(args, kwargs)
+                raise _Reached
+            if i == self._at:
+                if args:
+                    args = (self._now, *args[1:])
+                else:
+                    kwargs[next(iter(kwargs))] = self._now
+                self._now = _hidden_of(original(*args, **kwargs))
+                raise _Reached
+            extra = self._extra[i]
+            return self._now if extra is None else (self._now, *[None] * extra)
+
+        return forward
+
+    def _run(self, at: int, b: int) -> torch.Tensor | None:
+        self._at, self._now = at, self.hidden[b]
+        with suppress(_Reached):
+            self.model(self.batches[b], **self.options)
+        return self._now
+
+    def advance(self, at: int) -> None:
+        """Replace the hidden states by those that block ``at`` returns, or (-1) by those that enter the first block."""
+        for b in range(len(self.batches)):
+            self.hidden[b] = self._run(at, b)
+
+    def inputs(self, names: list[str], at: int) -> Iterator[Inputs]:
+        """The inputs of the modules ``names``, which block ``at`` calls (-1: what comes before the blocks; their
+        number: what comes after). A run ends where the last input is known."""
+        for group, calls in self._groups([self.model.get_submodule(name) for name in names], at):
+            total, count = None, 0
+            left = 0
+
+            def add(module, args, kwargs, group=group):
+                nonlocal total, count, left
+                if module is group[0]:
+                    x = _hidden_in(args, kwargs)
+                    x = x.reshape(-1, x.shape[-1]).float()
+                    part = (x.t() @ x).double()
+                    total = part if total is None else total.add_(part)
+                    count += len(x)
+                left -= 1
+                if left == 0:
+                    raise _Reached
+
+            hooks = [module.register_forward_pre_hook(add, with_kwargs=True) for module in group]
+            try:
+                for b in range(len(self.batches)):
+                    left = calls
+                    self._run(at, b)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            if total is None:
+                weight = group[0].weight
+                k = weight.shape[0] if type(group[0]).__name__ == "Conv1D" else weight.shape[1]
+                total = torch.zeros(k, k, dtype=torch.float64)
+            yield Inputs(group, total.div_(max(1, count)), count)
+
+    def _groups(self, modules: list[nn.Module], at: int) -> list[tuple[list[nn.Module], int]]:
+        """(modules that are called on one tensor, number of their calls in a run), in call order, by the first batch;
+        then those that it does not call, each by itself with 0."""
+        calls: list[tuple[nn.Module, torch.Tensor]] = []
+        hooks = [
+            m.register_forward_pre_hook(
+                lambda module, args, kwargs: calls.append((module, _hidden_in(args, kwargs))), with_kwargs=True
+            )
+            for m in modules
+        ]
+        try:
+            if modules:
+                self._run(at, 0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        counts = {m: sum(called is m for called, _ in calls) for m in modules}
+        groups: dict[object, list[nn.Module]] = {}
+        for module, x in calls:
+            if counts[module] == 1:
+                groups.setdefault(id(x), []).append(module)  # calls keeps x, and so its id
+            else:
+                groups[module] = [module]
+        made = [(group, sum(counts[m] for m in group)) for group in groups.values()]
+        return made + [([m], 0) for m in modules if not counts[m]]
+
+
+def _hidden_in(args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _hidden_of(output: object) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
