@@ -125,7 +125,7 @@ class _Chain:
             self.model(batch[row : row + 1], **self.options)
         except Exception as error:
             raise ValueError(
-                f"potqat.quantize_: the float model does not run on calibration tokens {list(batch[row].shape)} up to "
+                f"potqat.quantize_: the model does not run on calibration tokens {list(batch[row].shape)} up to "
                 f"id {int(batch.max())}: {type(error).__name__}: {error}"
             ) from error
         finally:

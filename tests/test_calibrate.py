@@ -1,0 +1,381 @@
+"""Calibration: which inputs a layer is shown, in which order, in how much memory; and quantize_ with it."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import potqat
+from potqat import PoTConfig, calibrate, gptq
+from potqat.models.gpt import GPT, GPTConfig
+from potqat.modules import PackedEmbedding, PackedLinear, TiedLinear
+
+VOCABULARY, CONTEXT = 65, 24
+CFG = PoTConfig(scale="output", rounding="gptq")
+KINDS = ("own", "gpt2", "llama")
+
+
+def make(kind, layers=2):
+    torch.manual_seed(0)
+    if kind == "own":
+        shape = {"vocab_size": VOCABULARY, "block_size": CONTEXT, "n_layer": layers, "n_head": 2, "n_embd": 32}
+        model = GPT(GPTConfig(**shape, dropout=0.3, bias=True))
+    else:
+        transformers = pytest.importorskip("transformers", reason="needs potqat[hf]")
+        ends = {"bos_token_id": 0, "eos_token_id": 0}
+        if kind == "gpt2":
+            config = transformers.GPT2Config(
+                vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=32, n_layer=layers, n_head=2, **ends
+            )
+        else:
+            config = transformers.LlamaConfig(
+                vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
+                tie_word_embeddings=False, **ends,
+            )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def batches(count=3, b=2, t=CONTEXT):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCABULARY, (b, t), generator=generator) for _ in range(count)]
+
+
+def linears(model):
+    """name -> module of the layers that calibration is for: all but tables and what is tied to one."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    kinds = (nn.Linear, *([type(model.transformer.h[0].attn.c_attn)] if hasattr(model, "transformer") else []))
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and id(m.weight) not in tables}
+
+
+@torch.no_grad()
+def logits(model, ids):
+    out = model(ids)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+@torch.no_grad()
+def moments(model, names, data):
+    """Second moments of the inputs of modules, from whole forward passes."""
+    found = {name: 0.0 for name in names}
+    count = sum(ids.numel() for ids in data)
+    for name in names:
+
+        def add(_, args, name=name):
+            x = args[0].flatten(0, -2).double()
+            found[name] = found[name] + x.t() @ x / count
+
+        model.get_submodule(name).register_forward_pre_hook(add)
+    for ids in data:
+        logits(model, ids)
+    return found
+
+
+# ---- The walk -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_layer_is_shown_the_inputs_of_a_model_that_holds_the_new_ones_before_it(kind):
+    model = make(kind)
+    data = [*batches(2), *batches(1, b=1, t=9)]
+    names = {module: name for name, module in linears(model).items()}
+    order = []
+    for inputs in calibrate.walk(model, data, set(names)):
+        group = [names[layer] for layer in inputs.layers]
+        assert inputs.count == sum(ids.numel() for ids in data)
+        for name, expected in moments(copied(model), group, data).items():
+            torch.testing.assert_close(inputs.moment, expected, rtol=1e-4, atol=1e-6)
+            changed = copy.deepcopy(model.get_submodule(name))
+            changed.weight.data *= 1.5  # what the caller makes of it
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, changed)
+        order.append(group)
+    ends = [[name.rpartition(".")[2] for name in group] for group in order]
+    if kind == "llama":
+        block = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+        assert ends == 2 * block + [["lm_head"]]
+    else:
+        assert ends == 2 * [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]
+
+
+def copied(model):
+    """A copy as it was before the walk patched it: deepcopy keeps a patched forward, bound to the original."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        module.__dict__.pop("forward", None)
+        module._forward_pre_hooks.clear()
+    return copied
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("end", ["exhausted", "closed", "thrown"])
+def test_the_walk_leaves_the_model_as_it_was(kind, end):
+    model, data = make(kind), batches()
+    before, keys = logits(model, data[0]), {m: set(m.__dict__) for m in model.modules()}
+    walk = calibrate.walk(model, data, set(linears(model).values()))
+    next(walk)
+    if end == "exhausted":
+        list(walk)
+    elif end == "closed":
+        walk.close()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            walk.throw(KeyboardInterrupt())
+    assert {m: set(m.__dict__) for m in model.modules()} == keys
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert torch.equal(logits(model, data[0]), before)
+
+
+def test_memory_does_not_grow_with_depth():
+    def most_bytes(layers):
+        model, data = make("own", layers), batches(4, b=4)
+        own = {t.data_ptr() for t in [*model.parameters(), *data]}
+        most = 0
+        for _ in calibrate.walk(model, data, set(linears(model).values())):
+            gc.collect()
+            tensors = {
+                t.data_ptr(): t.untyped_storage().nbytes()
+                for t in gc.get_objects()
+                if type(t) is torch.Tensor and t.data_ptr() not in own
+            }
+            most = max(most, sum(tensors.values()))
+        return most
+
+    gc.collect()
+    shallow, deep = most_bytes(2), most_bytes(8)
+    hidden = 4 * 4 * CONTEXT * 32 * 4
+    assert hidden < shallow
+    assert deep <= shallow
+
+
+def test_layers_outside_the_blocks_and_layers_that_nothing_reaches():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.first = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 32)
+            self.blocks = nn.ModuleList(Twice() for _ in range(2))
+            self.unused, self.last = nn.Linear(32, 32), nn.Linear(32, VOCABULARY)
+
+        def forward(self, ids):
+            x = self.first(self.table(ids))
+            for block in self.blocks:
+                x, _ = block(hidden=x)
+            return self.last(x)
+
+    class Twice(nn.Module):
+        """Calls one layer two times and returns a tuple, as transformers 4.57 does."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, hidden):
+            return self.layer(torch.relu(self.layer(hidden))), None
+
+    model, data = Model(), batches()
+    count = sum(ids.numel() for ids in data)
+    names = {module: name for name, module in linears(model).items()}
+    found = {names[inputs.layers[0]]: inputs for inputs in calibrate.walk(model, data, set(names))}
+    assert list(found) == ["first", "blocks.0.layer", "blocks.1.layer", "last", "unused"]
+    counts = [count, 2 * count, 2 * count, count, 0]
+    assert [inputs.count for inputs in found.values()] == counts
+    assert not found["unused"].moment.any()
+    for name, expected in moments(model, list(found)[:-1], data).items():
+        times = found[name].count / count
+        torch.testing.assert_close(found[name].moment * times, expected, rtol=1e-4, atol=1e-6)
+    report = potqat.quantize_(model, CFG, calibration=data)
+    (unused,) = [e for e in report.quantized if e.reason]
+    assert (unused.name, unused.reason) == ("unused", "no calibration token reached it: rounded to nearest")
+    assert logits(model, data[0]).isfinite().all()
+
+
+# ---- quantize_ ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_calibrated_model_is_nearer_to_the_float_one(kind, granularity):
+    data, held_out = batches(8, b=4), batches(9, b=4)[-1]
+    expected = logits(make(kind), held_out)
+    plain, model = make(kind), make(kind)
+    potqat.quantize_(plain, PoTConfig(granularity=granularity))
+    cfg = PoTConfig(scale="output", rounding="gptq", granularity=granularity)
+    report = potqat.quantize_(model, cfg, calibration=iter(data))
+    errors = [(logits(m, held_out) - expected).square().mean().item() for m in (model, plain)]
+    assert errors[0] < 0.75 * errors[1]
+    calibrated = [e for e in report.quantized if e.method]
+    assert [e.name for e in calibrated] == list(linears(make(kind)))
+    assert {e.method for e in calibrated} == {"scale=output, rounding=gptq"}
+    assert all(0 < e.output_error < e.output_error_nearest < 1 for e in calibrated)
+    assert "nearest" in str(report)
+    assert all(8 < e.sqnr_db < 60 for e in report.quantized)
+    order = [name for name, m in model.named_modules() if isinstance(m, (PackedLinear, PackedEmbedding))]
+    assert [e.name for e in report.quantized] == order
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_packed_weights_are_those_of_gptq_on_the_inputs_of_the_packed_model(kind):
+    """The last layer of the last block: everything before it is packed, and packs to what it unpacks to."""
+    data, floats, model = batches(), make(kind), make(kind)
+    potqat.quantize_(model, CFG, calibration=data)
+    name = [name for name in linears(floats) if name != "lm_head"][-1]
+    (moment,) = moments(copy.deepcopy(model), [name], data).values()
+    weight = floats.get_submodule(name).weight.detach()
+    weight = weight if kind != "gpt2" else weight.t()
+    scale = potqat.compute_scale(weight, CFG, moment.diagonal().float())
+    module = model.get_submodule(name)
+    assert torch.equal(module.scale, scale)
+    w_hat = gptq.compensate(weight, scale, moment, CFG)
+    assert (module.dequantize() != w_hat).float().mean() < 0.01  # sums in another order may move a tie
+    for packed in model.modules():
+        if isinstance(packed, PackedLinear):
+            w_hat = packed.dequantize()
+            assert torch.equal(potqat.pack(w_hat, packed.scale, packed.cfg), packed.packed)
+
+
+def test_it_is_deterministic_and_dropout_is_off():
+    models = [make("own") for _ in range(2)]
+    models[0].train()
+    models[0].transformer.h[1].eval()
+    for model in models:
+        potqat.quantize_(model, CFG, calibration=batches())
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    first, second = models[0].transformer.h
+    assert first.attn.c_attn.training
+    assert models[0].training
+    assert not any(m.training for m in second.modules())
+    assert not any(m.training for m in models[1].modules())
+
+
+def test_tables_and_what_is_tied_to_one_are_rounded_to_nearest():
+    model = make("gpt2")
+    table = model.transformer.wte.weight.detach().clone()
+    report = potqat.quantize_(model, CFG, calibration=batches())
+    assert isinstance(model.lm_head, TiedLinear)
+    plain = PoTConfig(grid="int8", scale="mse")
+    assert torch.equal(
+        model.transformer.wte.dequantize(), potqat.fake_quantize(table, potqat.compute_scale(table, plain), plain)
+    )
+    assert (model.lm_head.cfg.scale, model.lm_head.cfg.rounding) == ("mse", "nearest")
+    assert report.notes == [
+        "transformer.wte, transformer.wpe, lm_head: scale by least squared error and rounding to nearest: a table, or "
+        "a weight that several modules use, is not compensated"
+    ]
+
+
+def test_overrides_choose_what_is_calibrated_and_skipped_layers_stay_float():
+    model = make("llama")
+    cfg = PoTConfig(
+        skip=("lm_head",), overrides={"o_proj": {"rounding": "gptq"}, "down_proj": {"scale": "output", "grid": "e2m1"}}
+    )
+    report = potqat.quantize_(model, cfg, calibration=batches())
+    methods = {e.name.rpartition(".")[2]: e.method for e in report.quantized}
+    assert {name for name, method in methods.items() if not method} == {
+        "embed_tokens", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"
+    }  # fmt: skip
+    assert methods["o_proj"] == "scale=absmax, rounding=gptq"
+    assert methods["down_proj"] == "scale=output, rounding=nearest"
+    assert [e.name for e in report.skipped] == ["lm_head"]
+    assert isinstance(model.lm_head, nn.Linear)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_it_is_the_same(kind, tmp_path):
+    model = make(kind)
+    potqat.quantize_(model, CFG, calibration=batches())
+    potqat.save(model, tmp_path)
+    loaded = potqat.load(tmp_path, make(kind))
+    ids = batches()[0]
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    assert next(m.cfg for m in loaded.modules() if isinstance(m, PackedLinear)).rounding == "gptq"
+
+
+# ---- What is refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("calibration", "cfg", "message"),
+    [
+        (None, PoTConfig(rounding="gptq"), r"wte: rounding='gptq' needs calibration data; pass calibration=\["),
+        (None, PoTConfig(scale="output"), "scale='output' needs calibration data; pass .* or use scale='mse'"),
+        (batches(), PoTConfig(), "calibration is given, and nothing uses it; set rounding='gptq'"),
+        ([], CFG, "calibration is empty; give at least one"),
+        (batches()[0], CFG, r"must be an iterable of token tensors, got one tensor; pass \[tokens\]"),
+        ([torch.zeros(2, 8)], CFG, r"calibration\[0\] must be int64 token ids \[B, T\], got torch.float32 \[2, 8\]"),
+        ([*batches(), [1, 2]], CFG, r"calibration\[3\] must be int64 token ids \[B, T\], got list"),
+        ([torch.zeros(8, dtype=torch.int64)], CFG, r"got torch.int64 \[8\]"),
+        (
+            [*batches(), torch.tensor([[1, 65]])],
+            CFG,
+            r"tokens \[2\] up to id 65: .*id 65 at position 1 is outside",
+        ),
+        (batches(t=25), CFG, r"tokens \[25\] up to id 64: ValueError: GPT: at most block_size=24"),
+    ],
+)
+def test_bad_calibration_is_refused_and_the_model_untouched(calibration, cfg, message):
+    model = make("own")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        potqat.quantize_(model, cfg, calibration=calibration)
+    assert_untouched(model, before)
+
+
+def assert_untouched(model, before):
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any("forward" in m.__dict__ or m._forward_pre_hooks for m in model.modules())
+
+
+def test_training_refuses_what_needs_calibration():
+    for cfg, message in ((PoTConfig(rounding="gptq"), "after training"), (CFG, "needs calibration statistics")):
+        model = make("own")
+        with pytest.raises(ValueError, match=message):
+            potqat.prepare_qat_(model, cfg)
+        assert isinstance(model.lm_head, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("transformer.h.1.mlp.c_fc.weight", torch.nan, "transformer.h.1.mlp.c_fc: .* NaN or infinity"),
+        ("transformer.h.1.ln_2.weight", torch.inf, "transformer.h.1.mlp.c_fc: its inputs hold NaN or infinity"),
+    ],
+)
+def test_after_an_error_half_way_the_float_model_is_back(name, value, message):
+    model = make("own").train()
+    with torch.no_grad():
+        model.get_parameter(name).flatten()[3] = value
+    before = {key: tensor.nan_to_num(7).clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        potqat.quantize_(model, CFG, calibration=batches())
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.nan_to_num_(7)
+    assert_untouched(model, before)
+    assert all(m.training for m in model.modules())
+
+
+def test_a_model_without_a_chain_of_blocks_is_refused():
+    class Skips(nn.Module):
+        """Each block sees the first hidden state, too."""
+
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(VOCABULARY, 16)
+            self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, ids):
+            first = x = self.table(ids)
+            for block in self.blocks:
+                x = block(x + first)
+            return x
+
+    with pytest.raises(ValueError, match=r"Skips holds no nn.ModuleList of blocks that are called one after another"):
+        potqat.quantize_(Skips(), CFG, calibration=batches())
