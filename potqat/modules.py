@@ -94,6 +94,11 @@ class Packed(nn.Module):
             self._buffers["scale"] = exact.to(self.scale.device)
         return self
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the codes and scales."""
+        return self.packed.nbytes + self.scale.nbytes
+
     def dequantize(self) -> torch.Tensor:
         """The weight as float32 [N, K]."""
         return ops.unpack(self.packed, self.scale, self.cfg, self.shape)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
+
+import torch
+
+from potqat import ops
+from potqat.config import PoTConfig
+
+CHUNK = 1 << 16  # weights whose error is computed at a time: they stay in the cache, and leave no holes in the heap
 
 
 @dataclass(frozen=True)
@@ -82,3 +90,17 @@ class Report:
             f"weights {self.bytes_before:,} -> {self.bytes_after:,} bytes"
         )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+@torch.no_grad()
+def sqnr_db(w: torch.Tensor, source: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> float:
+    """Signal to quantization noise of w [N, K], 10 log10(sum w^2 / sum (w - w_hat)^2), in dB; inf if exact.
+
+    ``w_hat`` is the fake-quantized ``source`` [N, K]: w itself, or w with errors compensated."""
+    signal = noise = 0.0
+    rows = max(1, CHUNK // max(1, w.shape[1]))
+    for part, of, part_scale in zip(w.split(rows), source.split(rows), scale.split(rows, dim=1), strict=True):
+        part = part.float()
+        signal += part.square().sum(dtype=torch.float64).item()
+        noise += (part - ops.fake_quantize(of.float(), part_scale, cfg)).square_().sum(dtype=torch.float64).item()
+    return 10 * math.log10(signal / noise) if noise else math.inf

@@ -17,7 +17,7 @@ from torch import nn
 import potqat
 from potqat import ops
 from potqat.flows import sources
-from potqat.quantize import Site, check_packable, plan
+from potqat.plan import Site, check_packable, plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

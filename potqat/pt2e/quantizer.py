@@ -11,9 +11,9 @@ from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantiza
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from potqat.config import PoTConfig
+from potqat.plan import check_patterns, resolve
 from potqat.pt2e.fake_quant import PoTPerChannelFakeQuantize
-from potqat.quantize import check_patterns, resolve, sqnr_db
-from potqat.report import Entry, Report
+from potqat.report import Entry, Report, sqnr_db
 
 aten = torch.ops.aten
 # Operator -> (kind, which argument is the weight).

@@ -1,0 +1,109 @@
+"""Linear layers packed with what calibration knows of their inputs: scales that suit them, errors compensated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from potqat import calibrate, gptq, modules, ops
+from potqat.modules import PackedLinear
+from potqat.plan import Site
+from potqat.report import Entry, sqnr_db
+from potqat.unfinished import Unfinished
+
+
+def split(sites: list[Site]) -> tuple[dict[nn.Module, Site], list[Site], list[str]]:
+    """(layers to calibrate by module; all sites, where those that need calibration and have no inputs of their own to
+    go by take the closest configuration without; the names of these)."""
+    uses = Counter(id(site.module.weight) for site in sites)
+    chosen, settled, plain = {}, [], []
+    for site in sites:
+        if site.cfg is not None and site.cfg.needs_calibration:
+            if site.kind != "embedding" and uses[id(site.module.weight)] == 1:
+                chosen[site.module] = site
+            else:
+                plain.append(site.name)
+                site = replace(site, cfg=site.cfg.without_calibration)
+        settled.append(site)
+    return chosen, settled, plain
+
+
+def pack_layers(
+    model: nn.Module, layers: dict[nn.Module, Site], batches: list[torch.Tensor], kept: Unfinished | None
+) -> list[Entry]:
+    """Replace ``layers`` by packed ones, block by block, each calibrated on a model that holds those before it.
+
+    Args:
+        kept: where finished layers are kept and taken from.
+
+    Raises:
+        ValueError: the model does not run on the batches, or a layer's inputs hold NaN or infinity.
+    """
+    entries, left = [], dict(layers)
+    for layer, site in layers.items():
+        if kept is not None and (found := kept.load(site.name)):
+            tensors, entry = found
+            new = _packed(site, tensors["packed"], tensors["scale"], entry.sqnr_db)
+            entries.append(entry)
+            modules.replace(model, {layer: new})
+            del left[layer]
+    for inputs in calibrate.walk(model, batches, left):
+        for layer in inputs.layers:
+            site = layers[layer]
+            if not inputs.moment.isfinite().all():
+                raise ValueError(f"{site.name}: its inputs hold NaN or infinity in calibration; check the model")
+            new, entry = _calibrated(site, inputs)
+            entries.append(entry)
+            modules.replace(model, {layer: new})
+            if kept is not None:
+                kept.save(site.name, new, entry)
+    return entries
+
+
+def _calibrated(site: Site, inputs: calibrate.Inputs) -> tuple[PackedLinear, Entry]:
+    cfg, weight = site.cfg, site.weight.detach()
+    importance = inputs.moment.diagonal().float() if cfg.scale == "output" else None
+    scale = ops.compute_scale(weight, cfg, importance)
+    source = gptq.compensate(weight, scale, inputs.moment, cfg) if cfg.rounding == "gptq" else weight
+    new = _packed(site, ops.pack(source, scale, cfg), scale, sqnr_db(weight, source, scale, cfg))
+    default = replace(cfg, scale="absmax", rounding="nearest")
+    plain = ops.fake_quantize(weight.float(), ops.compute_scale(weight, default), default)
+    entry = Entry(
+        site.name, site.kind, tuple(weight.shape), "quantized", grid=cfg.grid, granularity=cfg.granularity,
+        reason="" if inputs.count else "no calibration token reached it: rounded to nearest",
+        bytes_before=weight.numel() * weight.element_size(), bytes_after=new.packed_bytes, sqnr_db=new.sqnr_db,
+        method=f"scale={cfg.scale}, rounding={cfg.rounding}",
+        output_error=gptq.output_error(weight, new.dequantize(), inputs.moment),
+        output_error_nearest=gptq.output_error(weight, plain, inputs.moment),
+    )  # fmt: skip
+    return new, entry
+
+
+def _packed(site: Site, codes: torch.Tensor, scale: torch.Tensor, sqnr: float | None) -> PackedLinear:
+    new = PackedLinear(codes, scale, getattr(site.module, "bias", None), site.cfg, site.weight.shape)
+    new.sqnr_db = sqnr
+    return new
+
+
+@contextmanager
+def restored_on_error(model: nn.Module, sites: list[Site]) -> Iterator[None]:
+    """Eval mode while it lasts; afterwards every module is in the mode that it or its float form had, and after an
+    error the float modules are back."""
+    training = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+    floats = {site.module for site in sites}
+    places = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if m in floats]
+    model.eval()
+    try:
+        yield
+    except BaseException:
+        for name, module in places:
+            modules.put(model, name, module)
+        raise
+    finally:
+        for name, module in model.named_modules(remove_duplicate=False):
+            module.training = training[name]
