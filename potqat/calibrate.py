@@ -38,16 +38,14 @@ def check_batches(batches: object) -> list[torch.Tensor]:
         ValueError: no batch, or one that is not int64 [B, T] with at least one token.
     """
     if isinstance(batches, torch.Tensor):
-        raise ValueError(
-            "potqat.quantize_: calibration must be an iterable of token tensors, got one tensor; pass [tokens]"
-        )
+        raise ValueError("potqat: calibration must be an iterable of token tensors, got one tensor; pass [tokens]")
     batches = list(batches)
     if not batches:
-        raise ValueError("potqat.quantize_: calibration is empty; give at least one int64 [B, T] tensor of tokens")
+        raise ValueError("potqat: calibration is empty; give at least one int64 [B, T] tensor of tokens")
     for i, ids in enumerate(batches):
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
             got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-            raise ValueError(f"potqat.quantize_: calibration[{i}] must be int64 token ids [B, T], got {got}")
+            raise ValueError(f"potqat: calibration[{i}] must be int64 token ids [B, T], got {got}")
     return batches
 
 
@@ -125,7 +123,7 @@ class _Chain:
             self.model(batch[row : row + 1], **self.options)
         except Exception as error:
             raise ValueError(
-                f"potqat.quantize_: the model does not run on calibration tokens {list(batch[row].shape)} up to "
+                f"potqat: the model does not run on calibration tokens {list(batch[row].shape)} up to "
                 f"id {int(batch.max())}: {type(error).__name__}: {error}"
             ) from error
         finally:
@@ -142,7 +140,7 @@ class _Chain:
         chains = [modules for modules in lists.values() if is_chain(modules)]
         if not chains:
             raise ValueError(
-                f"potqat.quantize_: {type(self.model).__name__} holds no nn.ModuleList of blocks that are called one "
+                f"potqat: {type(self.model).__name__} holds no nn.ModuleList of blocks that are called one "
                 "after another, each on what the one before returned; calibration needs one, as in GPT-2 and Llama"
             )
         self.blocks = max(chains, key=lambda modules: sum(p.numel() for p in modules.parameters()))

@@ -100,12 +100,12 @@ def check_calibration(sites: list[Site], given: bool) -> None:
         cfg = needing[0].cfg
         what = "rounding='gptq'" if cfg.rounding == "gptq" else "scale='output'"
         raise ValueError(
-            f"potqat.quantize_: {needing[0].name}: {what} needs calibration data; pass calibration=[int64 [B, T] token "
+            f"potqat: {needing[0].name}: {what} needs calibration data; pass calibration=[int64 [B, T] token "
             "ids, ...], or use scale='mse' and rounding='nearest'"
         )
     if given and not needing:
         raise ValueError(
-            "potqat.quantize_: calibration is given, and nothing uses it; set rounding='gptq', scale='output' or both"
+            "potqat: calibration is given, and nothing uses it; set rounding='gptq', scale='output' or both"
         )
 
 

@@ -69,7 +69,7 @@ def quantize_(
     check_calibration(sites, calibration is not None)
     if calibration is None:
         if unfinished is not None:
-            raise ValueError("potqat.quantize_: unfinished keeps calibrated layers; give calibration, too")
+            raise ValueError("potqat: unfinished keeps calibrated layers; give calibration, too")
         report = _replace(model, sites, _fake_quant, packed=True)
         report.notes += poor_without_calibration(sites)
     else:

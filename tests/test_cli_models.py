@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import potqat
-from potqat import PoTConfig
+from potqat import PoTConfig, calibrate
 from potqat.cli import VERBS, main
 from potqat.flows import continuation, evaluate, sources
 from potqat.models.gpt import GPT, GPTConfig
@@ -260,6 +260,36 @@ def test_settings_reach_the_file(at, tmp_path):
     assert result["tokens"] == 200
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibrated_it_is_nearer_to_the_float_model(at, tmp_path, kind):
+    model = getattr(at, kind)
+    command = ["quantize", model, "--out", tmp_path / "packed", "--calibration", at.text, *named_tokenizer(kind, at)]
+    report = json.loads(good(*command, "--json")[0])
+    calibrated = [entry for entry in report["entries"] if entry["method"] == "scale=output, rounding=gptq"]
+    assert len(calibrated) == {"gpt2": 8, "llama": 15, "nanogpt": 8}[kind]
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+    kl = [
+        json.loads(good("eval", folder, "--text", at.text, "--tokens", 640, "--reference", model, "--json")[0])
+        for folder in (tmp_path / "packed", at.packed[kind])
+    ]
+    assert kl[0]["reference"]["kl"] < 0.7 * kl[1]["reference"]["kl"]
+
+
+def test_calibration_settings_reach_the_file(at, tmp_path):
+    command = ["quantize", at.gpt2, "--calibration", at.text, "--calibration-tokens", 100, "--override"]
+    out, _ = good(*command, "*.mlp.*:scale=absmax", "--out", tmp_path / "a")
+    assert "note: transformer.wte, transformer.wpe, lm_head: scale by least squared error" in out
+    config = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]["modules"]
+    fields = {name: (of["scale"], of["rounding"]) for name, of in config.items()}
+    assert fields["transformer.h.0.attn.c_attn"] == ("output", "gptq")
+    assert fields["transformer.h.0.mlp.c_fc"] == ("absmax", "gptq")
+    assert fields["lm_head"] == ("mse", "nearest")
+    good("quantize", at.gpt2, "--calibration", at.text, "--scale", "output", "--rounding", "nearest", "--out",
+         tmp_path / "b")  # fmt: skip
+    config = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]["modules"]
+    assert config["transformer.h.0.attn.c_attn"]["rounding"] == "nearest"
+
+
 def test_bfloat16_weights_are_read(at, tmp_path):
     for dtype in ("float32", "bfloat16"):
         good("quantize", at.half, "--out", tmp_path / dtype, "--dtype", dtype)
@@ -376,8 +406,15 @@ USAGE = [  # arguments, part of the message; exit 2
     ("quantize {gpt2} --out={new} --override=*.mlp.*", "--override must be NAME:FIELD=VALUE,...; got '*.mlp.*'"),
     ("quantize {gpt2} --out={new} --override=a:grid=x", "grid must be one of pot4, e2m1, int4, int8"),
     ("quantize {gpt2} --out={new} --override=a:depth=3", "overrides['a']: unknown key 'depth'"),
-    ("quantize {gpt2} --out={new} --override=a:scale=learned", "scale must be absmax or mse here, got 'learned'"),
+    ("quantize {gpt2} --out={new} --override=a:scale=learned", "scale must be one of absmax, mse, output here, got"),
     ("quantize {gpt2} --out={new} --override=a:grid=e2m1 --override=a:grid=int4", "--override a: given twice"),
+    ("quantize {gpt2} --out={new} --rounding=gptq", "--rounding gptq needs a text: --calibration FILE"),
+    ("quantize {gpt2} --out={new} --scale=output", "--scale output needs a text: --calibration FILE"),
+    (
+        "quantize {gpt2} --out={new} --calibration-tokens=9",
+        "--calibration-tokens goes with --calibration FILE and must",
+    ),
+    ("quantize {gpt2} --out={new} --calibration={text} --calibration-tokens=0", "must be at least 1, got 0"),
     ("inspect {packed} --plot=a.jpg", "--plot writes PNG: name a file that ends in .png, got a.jpg"),
 ]
 
@@ -404,6 +441,22 @@ BEFORE = [  # exit 1, and no weight was read
     ("quantize {gpt2} --out={new} --tokenizer={bad}/absent.txt", "absent.txt: cannot read the text: No such file"),
     ("quantize {nanogpt} --out={new} --tokenizer={gpt2}", "has 300 tokens, and "),
     ("quantize {bad}/tokens --out={new}", "bad/tokens: "),
+    (
+        "quantize {gpt2} --out={new} --calibration={bad}/latin.txt",
+        "latin.txt: not UTF-8 text (byte 3 is 0xe9); convert",
+    ),
+    (
+        "quantize {gpt2} --out={new} --calibration={bad}/short.txt",
+        "short.txt: the text has 2 tokens, and 1 calibration",
+    ),
+    ("quantize {gpt2} --out={new} --calibration={text} --calibration-tokens=99999", " 1563 calibration windows of 64"),
+    ("quantize {mute} --out={new} --calibration={text}", "mute: no tokenizer beside the model to read words.txt; name"),
+    ("quantize {nanogpt} --out={new} --calibration={bad}/other.txt --tokenizer={text}", "the tokenizer cannot read it"),
+    (
+        "quantize {gpt2} --out={new} --calibration={text} --scale=mse --rounding=log",
+        "calibration is given, and nothing",
+    ),
+    ("quantize {gpt2} --out={new} --override=c_fc:rounding=gptq", "c_fc: rounding='gptq' needs calibration data; pass"),
     ("generate {mute} --prompt=x", "mute: no tokenizer beside the model; name one with --tokenizer"),
     ("eval {mute} --text={text}", "mute: no tokenizer beside the model; name one with --tokenizer"),
     ("generate {mute} --prompt=x --tokenizer={mute}", "mute: holds no tokenizer; name another"),
@@ -544,6 +597,35 @@ def test_a_stopped_quantize_leaves_nothing(at, tmp_path, monkeypatch):
     (tmp_path / "new").mkdir()  # an empty folder may be filled
     good("quantize", at.gpt2, "--out", tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_stopped_calibration_goes_on(at, tmp_path, monkeypatch):
+    command = ["quantize", at.gpt2, "--calibration", at.text]
+    good(*command, "--out", tmp_path / "once")
+    walk, shown = calibrate.walk, []
+
+    def interrupted(model, batches, layers):
+        for inputs in walk(model, batches, layers):
+            shown.append(inputs)
+            if len(shown) == 6:  # the second of four in the second of two blocks
+                signal.raise_signal(signal.SIGINT)
+            yield inputs
+
+    monkeypatch.setattr(calibrate, "walk", interrupted)
+    kept = tmp_path / "new.unfinished"
+    (line,) = failure(130, *command, "--out", tmp_path / "new")[1:]
+    assert line == (
+        f"potqat: stopped; the layers that are finished are kept in {kept}; run the same command again to go on"
+    )
+    assert len(list(kept.iterdir())) == 5 + 1
+    assert not (tmp_path / "new").exists()
+    (line,) = failure(1, *command, "--grid", "e2m1", "--out", tmp_path / "new")[1:]
+    assert f"{kept}: holds an unfinished calibration of another model, text or settings; delete it" in line
+    good(*command, "--out", tmp_path / "new")
+    assert len(shown) == 6 + 3
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("new", "once")]
+    assert files[0] == files[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "once"]
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(at, tmp_path):

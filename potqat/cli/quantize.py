@@ -6,14 +6,18 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from potqat.cli.errors import Usage
+from potqat.cli.errors import Stopped, Usage
 from potqat.config import GRIDS, ROUNDINGS, PoTConfig
 
 DEFAULT = PoTConfig()
 FLOAT = "float"  # the word for None on the command line
-SCALES = ("absmax", "mse")  # those that need neither training nor data
+SCALES = ("absmax", "mse", "output")  # those that need no training
+CALIBRATED = {"scale": "output", "rounding": "gptq"}  # the defaults with --calibration
+CALIBRATION_TOKENS = 32768
 
 
 def add(verbs) -> None:
@@ -39,12 +43,25 @@ def add(verbs) -> None:
         "without calibration, groups of 32 lose least",
     )  # fmt: skip
     parser.add_argument(
-        "--scale", choices=SCALES, default=DEFAULT.scale,
-        help="by the largest weight (absmax), or searched for the least squared error (default: %(default)s)",
+        "--calibration", type=Path, metavar="FILE",
+        help="UTF-8 text like what the model will read: quantize each layer for the inputs that it has on it "
+        "(default: none)",
     )  # fmt: skip
     parser.add_argument(
-        "--rounding", choices=ROUNDINGS, default=DEFAULT.rounding,
-        help="to the nearest level, to the nearest logarithm, or as the papers' code (default: %(default)s)",
+        "--calibration-tokens",
+        type=int,
+        metavar="N",
+        help=f"read so many tokens, in windows spread over the text (default: {CALIBRATION_TOKENS}, or what there is)",
+    )
+    parser.add_argument(
+        "--scale", choices=SCALES,
+        help="by the largest weight (absmax), searched for the least squared error (mse), or for that of the outputs "
+        f"(output; needs --calibration) (default: {DEFAULT.scale}; with --calibration {CALIBRATED['scale']})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounding", choices=ROUNDINGS,
+        help="to the nearest level, to the nearest logarithm, as the papers' code, or with error compensation (gptq; "
+        f"needs --calibration) (default: {DEFAULT.rounding}; with --calibration {CALIBRATED['rounding']})",
     )  # fmt: skip
     parser.add_argument(
         "--activations", choices=(DEFAULT.activations, FLOAT), default=DEFAULT.activations,
@@ -84,9 +101,12 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
 
     from potqat.flows import quantize, sources
+    from potqat.flows.text import read_text
 
+    text, tokens = arguments.calibration, arguments.calibration_tokens
+    if text is not None:
+        read_text(text)  # what is wrong with it is said before anything else is read
     source = sources.find(arguments.model)
-    planned = quantize.make_plan(source, cfg, getattr(torch, arguments.dtype))
     given = arguments.tokenizer
     tokenizer = sources.tokenizer_of(source) if given is None else sources.tokenizer(given)
     if given is not None and len(tokenizer) > source.vocabulary:
@@ -94,13 +114,21 @@ def _run(arguments: argparse.Namespace) -> int:
             f"--tokenizer {given}: has {len(tokenizer)} tokens, and {source.name} knows {source.vocabulary}; give the "
             "one that it was trained with"
         )
-    with quantize.new_folder(out) as folder:
+    windows = []
+    if text is not None:
+        if tokenizer is None:
+            raise ValueError(f"{source.name}: no tokenizer beside the model to read {text.name}; name one: --tokenizer")
+        count = CALIBRATION_TOKENS if tokens is None else tokens
+        windows = quantize.calibration_windows(text, tokenizer, source, count, at_most=tokens is None)
+    planned = quantize.make_plan(source, cfg, getattr(torch, arguments.dtype), windows)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    with _resumable(unfinished), quantize.new_folder(out) as folder:
         print(
             f"{source.name}: {planned.float_bytes:,} bytes in {arguments.dtype}, {planned.packed_bytes:,} packed; "
             f"quantizing takes about {_size(planned.peak_bytes)} of memory",
             file=sys.stderr,
         )
-        report, size = quantize.run(planned, folder, tokenizer)
+        report, size = quantize.run(planned, folder, tokenizer, unfinished)
     if arguments.json:
         print(json.dumps(report.to_dict() | {"file_bytes": size, "float_bytes": planned.float_bytes}))
         return 0
@@ -118,6 +146,18 @@ def _run(arguments: argparse.Namespace) -> int:
         f"next: potqat inspect {name}; potqat generate {name} --prompt 'Once upon a time'"
     )
     return 0
+
+
+@contextmanager
+def _resumable(unfinished: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not unfinished.exists():
+            raise
+        raise Stopped(
+            f"stopped; the layers that are finished are kept in {unfinished}; run the same command again to go on"
+        ) from None
 
 
 def _size(count: int) -> str:
@@ -139,12 +179,22 @@ def _config(arguments: argparse.Namespace) -> PoTConfig:
                 raise ValueError(f"--override {name}: given twice; put its fields in one, with commas")
             overrides[name] = {key: value(text) for key, text in pairs}
             if (scale := overrides[name].get("scale", DEFAULT.scale)) not in SCALES:
-                raise ValueError(f"--override {name}: scale must be {' or '.join(SCALES)} here, got {scale!r}")
+                raise ValueError(f"--override {name}: scale must be one of {', '.join(SCALES)} here, got {scale!r}")
+        calibrated = arguments.calibration is not None
+        if arguments.calibration_tokens is not None and (not calibrated or arguments.calibration_tokens < 1):
+            raise ValueError(
+                "--calibration-tokens goes with --calibration FILE and must be at least 1, "
+                f"got {arguments.calibration_tokens}"
+            )
+        for name, option in (("scale", arguments.scale), ("rounding", arguments.rounding)):
+            if option == CALIBRATED[name] and not calibrated:
+                raise ValueError(f"--{name} {option} needs a text: --calibration FILE")
+        default = CALIBRATED if calibrated else {"scale": DEFAULT.scale, "rounding": DEFAULT.rounding}
         return PoTConfig(
             grid=arguments.grid,
             granularity=value(arguments.granularity),
-            scale=arguments.scale,
-            rounding=arguments.rounding,
+            scale=arguments.scale or default["scale"],
+            rounding=arguments.rounding or default["rounding"],
             activations=value(arguments.activations),
             embedding_grid=value(arguments.embedding_grid),
             skip=tuple(arguments.skip),

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from potqat.flows.results import machine, write_json
-from potqat.flows.text import read_text
+from potqat.flows.text import tokenize
 from potqat.perplexity import Model, Perplexity, Sums, Windows, score, summarize
 
 CONTEXT = 2048  # tokens; GPTQ's, where the model takes as many
@@ -187,14 +187,7 @@ def plan_text(
         out = Path(out)
         if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
             raise PermissionError(f"{out}: cannot write the result there; give a file in a folder that can be written")
-    text = read_text(path)
-    try:
-        # verbose=False: a text is longer than the model's context by design; the tokenizer would warn about it
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:  # what a tokenizer raises for a character that it does not know is of no type of its own
-        raise ValueError(f"{name}: the tokenizer cannot read it: {error}; give a text that it was made for") from error
-    if vocabulary is not None and ids and max(ids) >= vocabulary:
-        raise ValueError(f"{name}: has token {max(ids)}, and the model knows {vocabulary}; give its own tokenizer")
+    text, ids = tokenize(path, tokenizer, vocabulary)
     if tokens is not None and tokens > len(ids):
         raise ValueError(f"{name}: the text has {len(ids)} tokens and {tokens} are asked for; ask for fewer or for all")
     used = torch.tensor(ids[:tokens], dtype=torch.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,15 @@ from torch import nn
 import potqat
 from potqat import ops
 from potqat.flows import sources
-from potqat.plan import Site, check_packable, plan
+from potqat.flows.text import tokenize
+from potqat.modules import kind_of
+from potqat.plan import Site, check_calibration, check_packable, plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+CONTEXT = 256  # tokens of a calibration window
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Plan:
         float_bytes: of the float model in memory, in ``dtype``.
         packed_bytes: of the packed model, in memory and (but for names and settings, some 100 KB) on disk.
         code_bytes: of the codes and scales in it.
+        calibration: windows of token ids, int64 [1, T] each; none: not calibrated.
     """
 
     source: sources.Source
@@ -41,13 +47,15 @@ class Plan:
     float_bytes: int
     packed_bytes: int
     code_bytes: int
+    calibration: list[torch.Tensor]
 
     @property
     def peak_bytes(self) -> int:
         """Memory that the work takes at most, besides PyTorch and transformers; measured, it is within 5%.
 
         Loading takes the model and what it is made from: nothing more if that is memory-mapped and of the same dtype.
-        Quantizing takes the model, and the codes and scales.
+        Quantizing takes the model, and the codes and scales; calibration also the hidden states of all its tokens, and
+        for one layer at a time some float64 matrices of its inputs and float32 ones of its weight.
         """
         numbers, source = self.float_bytes // self.dtype.itemsize, self.source
         largest = max(parameter.numel() for parameter in self.skeleton.parameters())
@@ -58,20 +66,36 @@ class Plan:
         else:
             stored = source.config.dtype or torch.float32
             loading = self.float_bytes + (0 if stored == self.dtype else numbers * stored.itemsize)
-        return max(loading, self.float_bytes + self.code_bytes)
+        return max(loading, self.float_bytes + self.code_bytes + self._calibration_bytes)
+
+    @property
+    def _calibration_bytes(self) -> int:
+        if not self.calibration:
+            return 0
+        tokens = sum(ids.numel() for ids in self.calibration)
+        linears = [m.weight for m in self.skeleton.modules() if kind_of(m) in ("linear", "conv1d")]
+        hidden = tokens * self.source.width * self.dtype.itemsize
+        logits = 2 * 4 * self.calibration[0].numel() * self.source.vocabulary  # of the window that shows the blocks
+        return hidden + max(logits, max(5 * 8 * max(w.shape) ** 2 + 5 * 4 * w.numel() for w in linears))
 
 
-def make_plan(source: sources.Source, cfg: potqat.PoTConfig, dtype: torch.dtype = torch.float32) -> Plan:
+def make_plan(
+    source: sources.Source,
+    cfg: potqat.PoTConfig,
+    dtype: torch.dtype = torch.float32,
+    calibration: Sequence[torch.Tensor] = (),
+) -> Plan:
     """Check everything that can be checked without the weights.
 
     Raises:
-        ValueError: nothing to quantize, a pattern that matches nothing, a grid without a packed form, or a source that
-            cannot be read.
+        ValueError: nothing to quantize, a pattern that matches nothing, a grid without a packed form, calibration that
+            is needed and missing or the reverse, or a source that cannot be read.
         OSError: the hub or the folder does not give it.
     """
     skeleton = sources.skeleton(source)
     sites = plan(skeleton, cfg)
     check_packable(sites)
+    check_calibration(sites, bool(calibration))
     packed = {id(site.module.weight): _packed_bytes(site) for site in sites if site.cfg is not None}
     tensors = {id(t): t for t in skeleton.state_dict(keep_vars=True).values()}  # keep_vars: a tied one is one object
     bytes_of = {
@@ -80,12 +104,38 @@ def make_plan(source: sources.Source, cfg: potqat.PoTConfig, dtype: torch.dtype 
     kept = {id(site.module.weight) for site in sites if site.cfg is None}  # float beside its codes, where tied
     left = sum(size for key, size in bytes_of.items() if key in kept or key not in packed)
     codes = sum(packed.values())
-    return Plan(source, cfg, dtype, skeleton, sum(bytes_of.values()), left + codes, codes)
+    return Plan(source, cfg, dtype, skeleton, sum(bytes_of.values()), left + codes, codes, list(calibration))
 
 
 def _packed_bytes(site: Site) -> int:
     n, k = site.weight.shape
     return math.prod(ops.packed_shape(site.cfg.grid, n, k)) + 4 * site.cfg.groups(k) * n
+
+
+def calibration_windows(
+    path: Path, tokenizer: PreTrainedTokenizerBase, source: sources.Source, tokens: int, *, at_most: bool = False
+) -> list[torch.Tensor]:
+    """Evenly spaced windows of a text, int64 [1, T] each, with ``tokens`` tokens in all (a multiple of T, rounded up).
+
+    Args:
+        at_most: take what there is of a shorter text.
+
+    Raises:
+        OSError: the text cannot be read.
+        ValueError: a text that is empty, not UTF-8, too short, or not for this tokenizer or model.
+    """
+    _, ids = tokenize(path, tokenizer, source.vocabulary)
+    context = min(CONTEXT, source.max_context)
+    count = -(-tokens // context)
+    if at_most:
+        count = max(1, min(count, len(ids) // context))
+    if len(ids) < count * context:
+        raise ValueError(
+            f"{path.name}: the text has {len(ids)} tokens, and {count} calibration windows of {context} need "
+            f"{count * context}; give a longer text"
+        )
+    starts = torch.linspace(0, len(ids) - context, count, dtype=torch.float64).long()
+    return list(torch.tensor(ids)[starts[:, None] + torch.arange(context)].split(1))
 
 
 @contextmanager
@@ -108,8 +158,13 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def run(planned: Plan, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[potqat.Report, int]:
+def run(
+    planned: Plan, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, unfinished: Path | None = None
+) -> tuple[potqat.Report, int]:
     """Load, quantize and write the model, and its tokenizer, to a folder.
+
+    Args:
+        unfinished: folder that keeps the layers of a calibration that is stopped, to go on from.
 
     Returns:
         the Report, and the bytes of the model's files.
@@ -119,7 +174,10 @@ def run(planned: Plan, folder: Path, tokenizer: PreTrainedTokenizerBase | None =
         OSError: reading or writing failed.
     """
     model = sources.load(planned.source, planned.dtype)
-    report = potqat.quantize_(model, planned.cfg)
+    if planned.calibration:
+        report = potqat.quantize_(model, planned.cfg, planned.calibration, unfinished=unfinished)
+    else:
+        report = potqat.quantize_(model, planned.cfg)
     try:
         with torch.no_grad():
             sources.logits_of(model)(torch.zeros(1, 1, dtype=torch.int64))

@@ -56,6 +56,11 @@ class Source:
         return self._text_config.vocab_size
 
     @property
+    def width(self) -> int:
+        """Numbers of a token's hidden state."""
+        return self.config.n_embd if isinstance(self.config, GPTConfig) else self._text_config.hidden_size
+
+    @property
     def max_context(self) -> int:
         """Tokens that the model takes at most."""
         if isinstance(self.config, GPTConfig):

@@ -1,10 +1,11 @@
-"""A text as character tokens, split by position into train, validation and test."""
+"""A text as tokens: characters, split by position into train, validation and test, or a tokenizer's."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,27 @@ def split_text(name: str, content: str, context: int) -> Text:
         )
     sha256 = hashlib.sha256(content.encode()).hexdigest()
     return Text(name, sha256, "".join(map(chr, characters)), splits)
+
+
+def tokenize(path: str | Path, tokenizer: Any, vocabulary: int | None = None) -> tuple[str, list[int]]:
+    """(the content, its token ids) of a UTF-8 text, tokenized whole, without special tokens.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        vocabulary: tokens that the model knows; None: not checked.
+
+    Raises:
+        as read_text; ValueError: the tokenizer cannot read it, or gives tokens that the model does not know.
+    """
+    name, text = Path(path).name, read_text(path)
+    try:
+        # verbose=False: a text is longer than the model's context by design; the tokenizer would warn about it
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # what a tokenizer raises for a character that it does not know is of no type of its own
+        raise ValueError(f"{name}: the tokenizer cannot read it: {error}; give a text that it was made for") from error
+    if vocabulary is not None and ids and max(ids) >= vocabulary:
+        raise ValueError(f"{name}: has token {max(ids)}, and the model knows {vocabulary}; give its own tokenizer")
+    return text, ids
 
 
 def read_text(path: str | Path) -> str:
