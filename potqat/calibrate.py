@@ -1,14 +1,15 @@
 """Run a model over calibration data block by block, and hand out the second moments of its linear layers' inputs.
 
-Only one block runs at a time: its inputs, the hidden states of all calibration tokens, are all that is kept, and one
-moment. So memory does not grow with the number of blocks.
+Only one block runs at a time, as it is now and in float: its inputs, two hidden states of every calibration token, are
+all that is kept, and the moments of one layer. So memory does not grow with the number of blocks.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -16,18 +17,23 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from potqat.modules import kind_of, put
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """Linear layers with the same inputs, in the order of their calls, and what is known of these.
+    """Linear layers with the same inputs, and what is known of these.
 
     Attributes:
-        moment: mean of x x^T over the inputs, float64 [K, K]; zeros if no input came.
-        count: inputs, [K] each.
+        names: of the layers, in the order of their calls.
+        moment: mean of x x^T over the inputs x [K], float64 [K, K]; zeros if no input came.
+        drift: mean of (x' - x) x^T, where x' is what the float model has in the place of x, float64 [K, K].
+        count: number of inputs.
     """
 
-    layers: list[nn.Module]
+    names: list[str]
     moment: torch.Tensor
+    drift: torch.Tensor
     count: int
 
 
@@ -50,8 +56,8 @@ def check_batches(batches: object) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def walk(model: nn.Module, batches: Sequence[torch.Tensor], layers: Collection[nn.Module]) -> Iterator[Inputs]:
-    """Yield the inputs of each of ``layers``, in the order of their calls.
+def walk(model: nn.Module, batches: Sequence[torch.Tensor], floats: Mapping[str, nn.Module]) -> Iterator[Inputs]:
+    """Yield the inputs of each layer that is float as yet, in the order of their calls.
 
     The caller may replace the layers in ``model`` by others before it asks for the next inputs: these come from a model
     that holds the new ones. Put the model into eval mode first.
@@ -60,20 +66,25 @@ def walk(model: nn.Module, batches: Sequence[torch.Tensor], layers: Collection[n
         model: called with token ids; holds an nn.ModuleList of blocks, called one after another, each once and on what
             the one before it returned.
         batches: token ids, int64 [B, T] each.
-        layers: modules whose one input is [..., K]. One that is never called comes with a count of 0.
+        floats: the float layers by their names in ``model``, where some may be replaced already; their one input is
+            [..., K]. One that is never called comes with a count of 0.
 
     Raises:
         ValueError: the model does not run on the first batch, or has no such blocks.
     """
-    chain = _Chain(model, batches)
+    chain = _Chain(model, batches, floats)
     names = {module: name for name, module in model.named_modules()}
-    left = {m: name for m, name in names.items() if m in layers}
-    inside = [[left.pop(m) for m in block.modules() if m in left] for block in chain.blocks]
-    early = [name for name in left.values() if name in chain.called_before]
-    late = [name for name in left.values() if name not in chain.called_before]
+    left = dict.fromkeys(floats)
+    inside = []
+    for block in chain.blocks:
+        inside.append([names[m] for m in block.modules() if names[m] in left])
+        for name in inside[-1]:
+            del left[name]
+    early = [name for name in left if name in chain.called_before]
+    late = [name for name in left if name not in chain.called_before]
     with chain.patched():
         yield from chain.inputs(early, -1)
-        chain.advance(-1)
+        chain.advance(early, -1)
         bar = tqdm(
             inside, "calibrate", unit="block", delay=2, leave=False, dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 5.0,
@@ -81,7 +92,7 @@ def walk(model: nn.Module, batches: Sequence[torch.Tensor], layers: Collection[n
         for i, members in enumerate(bar):
             yield from chain.inputs(members, i)
             if late or i + 1 < len(inside):
-                chain.advance(i)
+                chain.advance(members, i)
         yield from chain.inputs(late, len(inside))
 
 
@@ -90,16 +101,18 @@ class _Reached(Exception):
 
 
 class _Chain:
-    """The blocks of a model, and the hidden states that enter the next one to run.
+    """The blocks of a model, and the hidden states that enter the next one to run: those of the model as it is now, and
+    those of the float one.
 
     Each block's forward is patched, so that the model itself prepares every argument but the hidden states: a run of
     block i passes the blocks before it, hands it the kept hidden states, and ends when it returns.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[torch.Tensor]):
-        self.model, self.batches = model, batches
+    def __init__(self, model: nn.Module, batches: Sequence[torch.Tensor], floats: Mapping[str, nn.Module]):
+        self.model, self.batches, self.floats = model, batches, floats
         self.options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         self.hidden: list[torch.Tensor | None] = [None] * len(batches)
+        self.hidden_float = list(self.hidden)
         self._find_blocks()
 
     def _find_blocks(self) -> None:
@@ -181,75 +194,99 @@ class _Chain:
 
         return forward
 
-    def _run(self, at: int, b: int) -> torch.Tensor | None:
-        self._at, self._now = at, self.hidden[b]
+    def _run(self, at: int, b: int, hidden: list[torch.Tensor | None]) -> torch.Tensor | None:
+        self._at, self._now = at, hidden[b]
         with suppress(_Reached):
             self.model(self.batches[b], **self.options)
         return self._now
 
-    def advance(self, at: int) -> None:
-        """Replace the hidden states by those that block ``at`` returns, or (-1) by those that enter the first block."""
+    @contextmanager
+    def _float(self, names: list[str]) -> Iterator[None]:
+        """The float layers in their places, while it lasts."""
+        now = {name: self.model.get_submodule(name) for name in names}
+        try:
+            for name in names:
+                put(self.model, name, self.floats[name])
+            yield
+        finally:
+            for name, module in now.items():
+                put(self.model, name, module)
+
+    def advance(self, names: list[str], at: int) -> None:
+        """Replace the hidden states by those that block ``at``, which holds the layers ``names``, returns, or (-1) by
+        those that enter the first block."""
         for b in range(len(self.batches)):
-            self.hidden[b] = self._run(at, b)
+            self.hidden[b] = self._run(at, b, self.hidden)
+            with self._float(names):
+                self.hidden_float[b] = self._run(at, b, self.hidden_float)
 
     def inputs(self, names: list[str], at: int) -> Iterator[Inputs]:
-        """The inputs of the modules ``names``, which block ``at`` calls (-1: what comes before the blocks; their
-        number: what comes after). A run ends where the last input is known."""
-        for group, calls in self._groups([self.model.get_submodule(name) for name in names], at):
-            total, count = None, 0
-            left = 0
-
-            def add(module, args, kwargs, group=group):
-                nonlocal total, count, left
-                if module is group[0]:
-                    x = _hidden_in(args, kwargs)
-                    x = x.reshape(-1, x.shape[-1]).float()
-                    part = (x.t() @ x).double()
-                    total = part if total is None else total.add_(part)
+        """The inputs of those of the layers ``names`` that are float, which block ``at`` calls (-1: what comes before
+        the blocks; their number: what comes after)."""
+        for group, calls in self._groups([n for n in names if self.model.get_submodule(n) is self.floats[n]], at):
+            weight = self.floats[group[0]].weight
+            k = weight.shape[0 if kind_of(self.floats[group[0]]) == "conv1d" else 1]
+            moment, drift, count = torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, k, dtype=torch.float64), 0
+            for b, ids in enumerate(self.batches):
+                now = self._seen(group, calls, at, b, self.hidden)
+                with self._float(names):
+                    float_ = self._seen(group, calls, at, b, self.hidden_float)
+                for i, x in enumerate(now):
+                    moment += x.t() @ x
                     count += len(x)
-                left -= 1
-                if left == 0:
-                    raise _Reached
+                    # A layer that sees some of the tokens only, as an expert does, may see others in the float model.
+                    if len(x) == ids.numel() and i < len(float_):
+                        drift += (float_[i] - x).t() @ x
+            yield Inputs(group, moment.div_(max(1, count)), drift.div_(max(1, count)), count)
 
-            hooks = [module.register_forward_pre_hook(add, with_kwargs=True) for module in group]
-            try:
-                for b in range(len(self.batches)):
-                    left = calls
-                    self._run(at, b)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            if total is None:
-                weight = group[0].weight
-                k = weight.shape[0] if type(group[0]).__name__ == "Conv1D" else weight.shape[1]
-                total = torch.zeros(k, k, dtype=torch.float64)
-            yield Inputs(group, total.div_(max(1, count)), count)
+    def _seen(self, group: list[str], calls: int, at: int, b: int, hidden: list) -> list[torch.Tensor]:
+        """What the first layer of a group is called with, float32 [inputs, K] for each call, in a run
+        that ends with the group's last call."""
+        seen, left = [], calls
+        layers = [self.floats[name] for name in group]
 
-    def _groups(self, modules: list[nn.Module], at: int) -> list[tuple[list[nn.Module], int]]:
-        """(modules that are called on one tensor, number of their calls in a run), in call order, by the first batch;
-        then those that it does not call, each by itself with 0."""
-        calls: list[tuple[nn.Module, torch.Tensor]] = []
-        hooks = [
-            m.register_forward_pre_hook(
-                lambda module, args, kwargs: calls.append((module, _hidden_in(args, kwargs))), with_kwargs=True
-            )
-            for m in modules
-        ]
-        try:
-            if modules:
-                self._run(at, 0)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        counts = {m: sum(called is m for called, _ in calls) for m in modules}
-        groups: dict[object, list[nn.Module]] = {}
-        for module, x in calls:
-            if counts[module] == 1:
-                groups.setdefault(id(x), []).append(module)  # calls keeps x, and so its id
+        def note(module, args, kwargs):
+            nonlocal left
+            if module is layers[0]:
+                x = _hidden_in(args, kwargs)
+                seen.append(x.reshape(-1, x.shape[-1]).float())
+            left -= 1
+            if left == 0:
+                raise _Reached
+
+        with _hooked(layers, note):
+            self._run(at, b, hidden)
+        return seen
+
+    def _groups(self, names: list[str], at: int) -> list[tuple[list[str], int]]:
+        """(float layers that are called on one tensor, number of their calls in a run), in call order, by the first
+        batch; then those that it does not call, each by itself with 0."""
+        calls: list[tuple[str, torch.Tensor]] = []
+        name_of = {self.floats[name]: name for name in names}
+        if names:
+            with _hooked(
+                name_of, lambda module, args, kwargs: calls.append((name_of[module], _hidden_in(args, kwargs)))
+            ):
+                self._run(at, 0, self.hidden)
+        counts = Counter(name for name, _ in calls)
+        groups: dict[object, list[str]] = {}
+        for name, x in calls:
+            if counts[name] == 1:
+                groups.setdefault(id(x), []).append(name)  # calls keeps x, and so its id
             else:
-                groups[module] = [module]
-        made = [(group, sum(counts[m] for m in group)) for group in groups.values()]
-        return made + [([m], 0) for m in modules if not counts[m]]
+                groups[name] = [name]
+        made = [(group, sum(counts[name] for name in group)) for group in groups.values()]
+        return made + [([name], 0) for name in names if not counts[name]]
+
+
+@contextmanager
+def _hooked(layers: Iterable[nn.Module], before: Callable) -> Iterator[None]:
+    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _hidden_in(args: tuple, kwargs: dict) -> torch.Tensor:

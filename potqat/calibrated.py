@@ -44,24 +44,24 @@ def pack_layers(
     Raises:
         ValueError: the model does not run on the batches, or a layer's inputs hold NaN or infinity.
     """
-    entries, left = [], dict(layers)
+    entries = []
     for layer, site in layers.items():
         if kept is not None and (found := kept.load(site.name)):
             tensors, entry = found
             new = _packed(site, tensors["packed"], tensors["scale"], entry.sqnr_db)
             entries.append(entry)
             modules.replace(model, {layer: new})
-            del left[layer]
-    for inputs in calibrate.walk(model, batches, left):
-        for layer in inputs.layers:
-            site = layers[layer]
+    sites = {site.name: site for site in layers.values()}
+    for inputs in calibrate.walk(model, batches, {name: site.module for name, site in sites.items()}):
+        for name in inputs.names:
+            site = sites[name]
             if not inputs.moment.isfinite().all():
-                raise ValueError(f"{site.name}: its inputs hold NaN or infinity in calibration; check the model")
+                raise ValueError(f"{name}: its inputs hold NaN or infinity in calibration; check the model")
             new, entry = _calibrated(site, inputs)
             entries.append(entry)
-            modules.replace(model, {layer: new})
+            modules.replace(model, {site.module: new})
             if kept is not None:
-                kept.save(site.name, new, entry)
+                kept.save(name, new, entry)
     return entries
 
 
@@ -69,7 +69,9 @@ def _calibrated(site: Site, inputs: calibrate.Inputs) -> tuple[PackedLinear, Ent
     cfg, weight = site.cfg, site.weight.detach()
     importance = inputs.moment.diagonal().float() if cfg.scale == "output" else None
     scale = ops.compute_scale(weight, cfg, importance)
-    source = gptq.compensate(weight, scale, inputs.moment, cfg) if cfg.rounding == "gptq" else weight
+    source = weight
+    if cfg.rounding == "gptq":
+        source = gptq.compensate(gptq.corrected(weight, inputs.moment, inputs.drift), scale, inputs.moment, cfg)
     new = _packed(site, ops.pack(source, scale, cfg), scale, sqnr_db(weight, source, scale, cfg))
     default = replace(cfg, scale="absmax", rounding="nearest")
     plain = ops.fake_quantize(weight.float(), ops.compute_scale(weight, default), default)

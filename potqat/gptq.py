@@ -13,6 +13,8 @@ from potqat.config import PoTConfig
 from potqat.reference import expand_scale
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: GPTQ's
+SWEEPS = 3  # over all inputs after the first pass
+CORRECTION = 0.5
 BLOCK = 128  # inputs whose errors are passed on at once
 
 
@@ -33,10 +35,19 @@ def compensate(w: torch.Tensor, scale: torch.Tensor, moment: torch.Tensor, cfg: 
     """
     k = w.shape[1]
     order = moment.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(moment[order][:, order]).float()
+    damped = _damped(moment[order][:, order])
     # An input a row: what is rounded in one step lies together.
-    rest = w.detach().float().t()[order]
+    target = w.detach().float().t()[order]
     steps = expand_scale(scale, k, cfg.group_size).t()[order]
+    rounded = _pass_on_errors(target.clone(), steps, _inverse_factor(damped), cfg)
+    for _ in range(SWEEPS):
+        _improve(rounded, target, steps, damped.float(), cfg)
+    return torch.empty_like(rounded).index_copy_(0, order, rounded).t().contiguous()
+
+
+def _pass_on_errors(rest: torch.Tensor, steps: torch.Tensor, factor: torch.Tensor, cfg: PoTConfig) -> torch.Tensor:
+    """GPTQ, in place: round an input, [N] weights, and let those after it make up for the error."""
+    k = len(rest)
     for begin in range(0, k, BLOCK):
         end = min(begin + BLOCK, k)
         errors = torch.empty_like(rest[begin:end])
@@ -46,7 +57,25 @@ def compensate(w: torch.Tensor, scale: torch.Tensor, moment: torch.Tensor, cfg: 
             rest[i] = rounded
             rest[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - begin], alpha=-1)
         rest[end:].addmm_(factor[begin:end, end:].t(), errors, alpha=-1)
-    return torch.empty_like(rest).index_copy_(0, order, rest).t().contiguous()
+    return rest
+
+
+def _improve(
+    rounded: torch.Tensor, target: torch.Tensor, steps: torch.Tensor, moment: torch.Tensor, cfg: PoTConfig
+) -> None:
+    """One sweep of coordinate descent, in place (arXiv 2309.01885): round each input's weights anew, to what is best
+    with all others as they are, so that the outputs never change more."""
+    k = len(rounded)
+    gradient = moment @ (rounded - target)
+    for begin in range(0, k, BLOCK):
+        end = min(begin + BLOCK, k)
+        changes = torch.empty_like(rounded[begin:end])
+        for i in range(begin, end):
+            best = round_to_grid(rounded[i] - gradient[i] / moment[i, i], steps[i], cfg)
+            change = torch.sub(best, rounded[i], out=changes[i - begin])
+            gradient[i + 1 : end].addr_(moment[i + 1 : end, i], change)
+            rounded[i] = best
+        gradient[end:].addmm_(moment[end:, begin:end], changes)
 
 
 def round_to_grid(w: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> torch.Tensor:
@@ -56,13 +85,29 @@ def round_to_grid(w: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> torch
     return ops.fake_quantize(ratio, ratio.new_ones(1, 1), PoTConfig(grid=cfg.grid))[0] * scale
 
 
-def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the damped moment, float64 [K, K]."""
-    damped = moment.double()
+def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse, float32 [K, K] of float64."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _damped(moment: torch.Tensor) -> torch.Tensor:
+    damped = moment.to(torch.float64, copy=True)
     mean = damped.diagonal().mean()
     damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    return damped
+
+
+@torch.no_grad()
+def corrected(w: torch.Tensor, moment: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
+    """The weight that gives on the inputs x of the quantized model what w [N, K] gives on x', those of the float one,
+    as nearly as a linear map can, by the share CORRECTION: float32 [N, K].
+
+    The least squares solution is w + w D M^-1, with M the mean of x x^T and D, the drift, that of (x' - x) x^T; GPTAQ
+    (arXiv 2504.02692) has the same aim. The whole of it fits the calibration text and loses on another one.
+    """
+    change = torch.cholesky_solve((w.detach().double() @ drift.double()).t(), torch.linalg.cholesky(_damped(moment)))
+    return w.detach().float() + CORRECTION * change.t().float()
 
 
 @torch.no_grad()

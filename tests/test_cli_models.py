@@ -604,8 +604,8 @@ def test_a_stopped_calibration_goes_on(at, tmp_path, monkeypatch):
     good(*command, "--out", tmp_path / "once")
     walk, shown = calibrate.walk, []
 
-    def interrupted(model, batches, layers):
-        for inputs in walk(model, batches, layers):
+    def interrupted(model, batches, floats):
+        for inputs in walk(model, batches, floats):
             shown.append(inputs)
             if len(shown) == 6:  # the second of four in the second of two blocks
                 signal.raise_signal(signal.SIGINT)

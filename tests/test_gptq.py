@@ -1,5 +1,6 @@
 """Error compensation against plain loops, and what it promises: levels that pack, outputs that change less."""
 
+import itertools
 import math
 
 import pytest
@@ -24,13 +25,15 @@ def problem(n, k, tokens=400, seed=0):
     return w, (x.double().t() @ x.double()) / tokens
 
 
-def plain_loops(w, scale, moment, cfg):
-    """Algorithm of arXiv 2210.17323, section 3, without its speed-ups: round an input, solve for the inputs that are
-    left, go on; float64, and the inverse of what is left anew at each step."""
+def plain_loops(w, scale, moment, cfg, sweeps):
+    """Section 3 of arXiv 2210.17323 without its speed-ups: round an input, solve for the inputs that are left, go on;
+    float64, and the inverse of what is left anew at each step. Then sweeps that try every level for every weight."""
     w, n, k = w.double().clone(), *w.shape
+    target = w.clone()
     h = moment.double() + gptq.DAMPING * moment.diagonal().mean() * torch.eye(k, dtype=torch.float64)
     level = torch.tensor(reference.levels(cfg.grid), dtype=torch.float64)
-    left = sorted(range(k), key=lambda j: -moment[j, j])
+    signed = torch.cat([level, -level[1:]])
+    order = left = sorted(range(k), key=lambda j: -moment[j, j])
     while left:
         j = left[0]
         inverse = torch.linalg.inv(h[left][:, left])
@@ -44,17 +47,27 @@ def plain_loops(w, scale, moment, cfg):
                 w[r, other] -= error * inverse[i, 0]
             w[r, j] = rounded
         left = left[1:]
+    for _ in range(sweeps):
+        for j in order:
+            step = scale[j // cfg.group_size if cfg.group_size else 0]
+            for r in range(n):
+                tries = w[r].repeat(len(signed), 1)
+                tries[:, j] = signed * step[r].double()
+                change = tries - target[r]
+                w[r] = tries[((change @ h) * change).sum(1).argmin()]
     return w.float()
 
 
+@pytest.mark.parametrize("sweeps", [0, 2])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_equals_plain_loops(grid, granularity):
+def test_equals_plain_loops(grid, granularity, sweeps, monkeypatch):
+    monkeypatch.setattr(gptq, "SWEEPS", sweeps)
     cfg = PoTConfig(grid=grid, granularity=granularity, rounding="gptq")
     w, moment = problem(5, 45)
     moment[:, 7] = moment[7] = 0  # never active
     scale = potqat.compute_scale(w, cfg)
-    ours, theirs = gptq.compensate(w, scale, moment, cfg), plain_loops(w, scale, moment, cfg)
+    ours, theirs = gptq.compensate(w, scale, moment, cfg), plain_loops(w, scale, moment, cfg, sweeps)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     assert not torch.equal(ours, potqat.fake_quantize(w, scale, cfg))
 
@@ -131,6 +144,35 @@ def test_fewer_tokens_than_inputs_and_tiny_or_huge_ones():
     assert gptq.output_error(w, results[1], x.t() @ x) < 0.1 * gptq.output_error(
         w, potqat.fake_quantize(w, scale, cfg), x.t() @ x
     )
+
+
+def test_sweeps_never_change_the_outputs_more(monkeypatch):
+    w, moment = problem(8, 200)
+    moment += gptq.DAMPING * moment.diagonal().mean() * torch.eye(200)  # the sweeps minimize the damped change
+    cfg = PoTConfig()
+    scale = potqat.compute_scale(w, cfg)
+    errors = []
+    for sweeps in range(5):
+        monkeypatch.setattr(gptq, "SWEEPS", sweeps)
+        errors.append(gptq.output_error(w, gptq.compensate(w, scale, moment, cfg), moment))
+    assert all(after <= before for before, after in itertools.pairwise(errors))
+    assert errors[-1] < 0.98 * errors[0]
+
+
+def test_the_corrected_weight_brings_the_outputs_nearer_to_the_float_ones(monkeypatch):
+    w, _ = problem(6, 40)
+    x = torch.randn(500, 40, dtype=torch.float64)
+    float_x = x + 0.1 * x @ torch.randn(40, 40, dtype=torch.float64) + 0.1 * torch.randn_like(x)
+    moment, drift = x.t() @ x / 500, (float_x - x).t() @ x / 500
+    expected = float_x @ w.double().t()
+    before = (x @ w.double().t() - expected).square().sum()
+    halfway = (x @ gptq.corrected(w, moment, drift).double().t() - expected).square().sum()
+    assert halfway < 0.5 * before
+    monkeypatch.setattr(gptq, "CORRECTION", 1.0)
+    monkeypatch.setattr(gptq, "DAMPING", 1e-12)
+    best = torch.linalg.lstsq(x, expected).solution.t()
+    torch.testing.assert_close(gptq.corrected(w, moment, drift), best.float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(gptq.corrected(w, moment, torch.zeros(40, 40)), w)
 
 
 def test_output_error_is_the_change_of_the_outputs():
