@@ -6,6 +6,8 @@ the mean squared change of its outputs is tr(D M D^T), D = w_hat - w: each row o
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from potqat import ops
@@ -15,6 +17,7 @@ from potqat.reference import expand_scale
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: GPTQ's
 SWEEPS = 3  # over all inputs after the first pass
 CORRECTION = 0.5
+_ONE = torch.ones(1, 1)
 BLOCK = 128  # inputs whose errors are passed on at once
 
 
@@ -81,8 +84,12 @@ def _improve(
 def round_to_grid(w: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> torch.Tensor:
     """``level * scale`` for weights and scales float32 [N], as fake_quantize gives: w / scale is rounded with scale 1,
     so that one call of it serves N scales."""
-    ratio = (w / scale)[None]
-    return ops.fake_quantize(ratio, ratio.new_ones(1, 1), PoTConfig(grid=cfg.grid))[0] * scale
+    return ops.fake_quantize((w / scale)[None], _ONE, _by_channel(cfg.grid))[0] * scale
+
+
+@functools.cache
+def _by_channel(grid: str) -> PoTConfig:
+    return PoTConfig(grid=grid)
 
 
 def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:

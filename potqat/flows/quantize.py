@@ -15,17 +15,16 @@ import torch
 from torch import nn
 
 import potqat
-from potqat import ops
+from potqat import calibrated, ops
 from potqat.flows import sources
 from potqat.flows.text import tokenize
-from potqat.modules import kind_of
 from potqat.plan import Site, check_calibration, check_packable, plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-CONTEXT = 256  # tokens of a calibration window
+CONTEXT, BATCH = 256, 8  # tokens of a calibration window, and windows that are run at a time
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,8 @@ class Plan:
         float_bytes: of the float model in memory, in ``dtype``.
         packed_bytes: of the packed model, in memory and (but for names and settings, some 100 KB) on disk.
         code_bytes: of the codes and scales in it.
-        calibration: windows of token ids, int64 [1, T] each; none: not calibrated.
+        calibration: batches of token ids, int64 [B, T] each; none: not calibrated.
+        calibration_bytes: what these take beside the model, its codes and scales.
     """
 
     source: sources.Source
@@ -48,6 +48,7 @@ class Plan:
     packed_bytes: int
     code_bytes: int
     calibration: list[torch.Tensor]
+    calibration_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -66,17 +67,7 @@ class Plan:
         else:
             stored = source.config.dtype or torch.float32
             loading = self.float_bytes + (0 if stored == self.dtype else numbers * stored.itemsize)
-        return max(loading, self.float_bytes + self.code_bytes + self._calibration_bytes)
-
-    @property
-    def _calibration_bytes(self) -> int:
-        if not self.calibration:
-            return 0
-        tokens = sum(ids.numel() for ids in self.calibration)
-        linears = [m.weight for m in self.skeleton.modules() if kind_of(m) in ("linear", "conv1d")]
-        hidden = tokens * self.source.width * self.dtype.itemsize
-        logits = 2 * 4 * self.calibration[0].numel() * self.source.vocabulary  # of the window that shows the blocks
-        return hidden + max(logits, max(5 * 8 * max(w.shape) ** 2 + 5 * 4 * w.numel() for w in linears))
+        return max(loading, self.float_bytes + self.code_bytes + self.calibration_bytes)
 
 
 def make_plan(
@@ -104,7 +95,19 @@ def make_plan(
     kept = {id(site.module.weight) for site in sites if site.cfg is None}  # float beside its codes, where tied
     left = sum(size for key, size in bytes_of.items() if key in kept or key not in packed)
     codes = sum(packed.values())
-    return Plan(source, cfg, dtype, skeleton, sum(bytes_of.values()), left + codes, codes, list(calibration))
+    taken = _calibration_bytes(source, dtype, sites, calibration) if calibration else 0
+    return Plan(source, cfg, dtype, skeleton, sum(bytes_of.values()), left + codes, codes, list(calibration), taken)
+
+
+def _calibration_bytes(
+    source: sources.Source, dtype: torch.dtype, sites: list[Site], batches: Sequence[torch.Tensor]
+) -> int:
+    tokens = sum(ids.numel() for ids in batches)
+    hidden = 2 * tokens * source.width * dtype.itemsize
+    logits = 2 * 4 * batches[0].shape[1] * source.vocabulary  # of the row that shows the blocks
+    shapes = [site.weight.shape for site in calibrated.split(sites)[0].values()]
+    layer = max(8 * 8 * k**2 + 6 * 4 * n * k for n, k in shapes)
+    return hidden + max(logits, layer)
 
 
 def _packed_bytes(site: Site) -> int:
@@ -115,7 +118,7 @@ def _packed_bytes(site: Site) -> int:
 def calibration_windows(
     path: Path, tokenizer: PreTrainedTokenizerBase, source: sources.Source, tokens: int, *, at_most: bool = False
 ) -> list[torch.Tensor]:
-    """Evenly spaced windows of a text, int64 [1, T] each, with ``tokens`` tokens in all (a multiple of T, rounded up).
+    """Evenly spaced windows of a text, int64 [B, T] each, with ``tokens`` tokens in all (a multiple of T, rounded up).
 
     Args:
         at_most: take what there is of a shorter text.
@@ -135,7 +138,7 @@ def calibration_windows(
             f"{count * context}; give a longer text"
         )
     starts = torch.linspace(0, len(ids) - context, count, dtype=torch.float64).long()
-    return list(torch.tensor(ids)[starts[:, None] + torch.arange(context)].split(1))
+    return list(torch.tensor(ids)[starts[:, None] + torch.arange(context)].split(BATCH))
 
 
 @contextmanager
