@@ -290,7 +290,7 @@ def _hooked(layers: Iterable[nn.Module], before: Callable) -> Iterator[None]:
 
 
 def _hidden_in(args: tuple, kwargs: dict) -> torch.Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _hidden_of(output: object) -> torch.Tensor:

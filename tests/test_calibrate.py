@@ -399,3 +399,42 @@ def test_a_model_without_a_chain_of_blocks_is_refused():
 
     with pytest.raises(ValueError, match=r"Skips holds no nn.ModuleList of blocks that are called one after another"):
         potqat.quantize_(Skips(), CFG, calibration=batches())
+
+
+# ---- Stopped and gone on -------------------------------------------------------------------------------------
+
+
+def test_finished_layers_are_kept_until_all_are(tmp_path, monkeypatch):
+    """Stopped twice; the command line's test compares with a run that was not."""
+    kept, once, model = tmp_path / "kept", make("llama"), make("llama")
+    expected = potqat.quantize_(once, CFG, calibration=batches())
+    compensate, calls = gptq.compensate, []
+
+    def stopping(*arguments):
+        calls.append(arguments)
+        if len(calls) in (3, 9):
+            raise KeyboardInterrupt
+        return compensate(*arguments)
+
+    monkeypatch.setattr(gptq, "compensate", stopping)
+    for done in (2, 7):
+        with pytest.raises(KeyboardInterrupt):
+            potqat.quantize_(model, CFG, calibration=batches(), unfinished=kept)
+        assert isinstance(model.model.layers[0].self_attn.q_proj, nn.Linear)
+        assert len(list(kept.glob("*.safetensors"))) == done
+    with pytest.raises(ValueError, match="another model, text or settings; delete it to start anew"):
+        potqat.quantize_(model, CFG, calibration=batches(2), unfinished=kept)
+    report = potqat.quantize_(model, CFG, calibration=batches(), unfinished=kept)
+    assert len(calls) == 15 + 2
+    assert report.to_dict() == expected.to_dict()
+    assert all(torch.equal(tensor, once.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert not kept.exists()
+
+
+def test_only_its_own_folder_is_taken_for_unfinished_work(tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not a folder of an unfinished calibration; name another one"):
+        potqat.quantize_(make("own"), CFG, calibration=batches(), unfinished=tmp_path)
+    assert (tmp_path / "letter.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="unfinished keeps calibrated layers; give calibration, too"):
+        potqat.quantize_(make("own"), PoTConfig(), unfinished=tmp_path / "new")
