@@ -15,10 +15,11 @@ from potqat.config import PoTConfig
 from potqat.reference import expand_scale
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: GPTQ's
-SWEEPS = 3  # over all inputs after the first pass
-CORRECTION = 0.5
-_ONE = torch.ones(1, 1)
 BLOCK = 128  # inputs whose errors are passed on at once
+# Over all inputs after the first pass. On SmolLM2's layers the first takes 7-13% off the change of outputs, the third 1%.
+SWEEPS = 3
+CORRECTION = 0.5  # 0, 0.5 and 1 were tried on held-out text: CHANGELOG
+_ONE = torch.ones(1, 1)
 
 
 @torch.no_grad()

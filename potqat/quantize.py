@@ -47,8 +47,8 @@ def quantize_(
         model: any float module on the CPU; tied weights (one Parameter in an embedding and a head) are packed once
             and take ``cfg.embedding_grid``.
         cfg: what to do, and what to skip.
-        calibration: batches of token ids, int64 [B, T], of text like that which the model will read; 16,000 tokens are
-            plenty. ``scale="output"`` and ``rounding="gptq"`` need it. The model must be one that is called with
+        calibration: batches of token ids, int64 [B, T], of text like that which the model will read; 16,000 tokens or
+            more, from all over it. ``scale="output"`` and ``rounding="gptq"`` need it. The model must be one that is called with
             token ids and holds its blocks in an nn.ModuleList, as GPT, GPT-2 and Llama do. Blocks are quantized in
             order, each on what the packed ones before it return; one block's statistics and the hidden states of all
             tokens are held.
