@@ -48,10 +48,10 @@ def quantize_(
             and take ``cfg.embedding_grid``.
         cfg: what to do, and what to skip.
         calibration: batches of token ids, int64 [B, T], of text like that which the model will read; 16,000 tokens or
-            more, from all over it. ``scale="output"`` and ``rounding="gptq"`` need it. The model must be one that is called with
-            token ids and holds its blocks in an nn.ModuleList, as GPT, GPT-2 and Llama do. Blocks are quantized in
-            order, each on what the packed ones before it return; one block's statistics and the hidden states of all
-            tokens are held.
+            more, from all over it. ``scale="output"`` and ``rounding="gptq"`` need it. The model must be one that is
+            called with token ids and holds its blocks in an nn.ModuleList, as GPT, GPT-2 and Llama do. Blocks are
+            quantized in order, each on what the packed ones before it return; what is held is one layer's statistics
+            and two hidden states of every token.
         unfinished: folder that keeps each calibrated layer until all are done, so that the same call, on the same
             model, goes on where one was stopped; it is deleted at the end. None: keep nothing.
 

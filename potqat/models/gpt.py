@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-KVCache: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [B, heads, slots, C/heads]
+KVCache: TypeAlias = list[
+    tuple[torch.Tensor, torch.Tensor]
+]  # keys and values of each layer, [B, heads, slots, C/heads]
 
 
 @dataclass(frozen=True)
