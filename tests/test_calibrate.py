@@ -154,8 +154,9 @@ def test_memory_does_not_grow_with_depth():
         model, data = make("own", layers), batches(4, b=4)
         own = {t.data_ptr() for t in [*model.parameters(), *data]}
         most = 0
-        for _ in calibrate.walk(model, data, linears(model)):
-            gc.collect()
+        for inputs in calibrate.walk(model, data, linears(model)):
+            if not inputs.names[0].endswith("mlp.c_proj"):  # the largest of a block, and the last
+                continue
             tensors = {
                 t.data_ptr(): t.untyped_storage().nbytes()
                 for t in gc.get_objects()
