@@ -79,7 +79,15 @@ class CausalSelfAttention(nn.Module):
             keys, values, positions, mask = past
             k = keys.index_copy_(2, positions, k.to(keys.dtype))  # autocast makes k bfloat16
             v = values.index_copy_(2, positions, v.to(values.dtype))
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=past is None)  # (B, heads, T, C/heads)
+        if (
+            past is not None and t == 1
+        ):  # three small products, which torch.compile fuses: half the time of the general op
+            scores = (q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5).masked_fill(
+                ~mask, -math.inf
+            )  # (B, heads, 1, slots)
+            y = scores.softmax(-1) @ v  # (B, heads, 1, C/heads)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=past is None)  # (B, heads, T, C/heads)
         y = y.transpose(1, 2).reshape(b, t, c)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
