@@ -10,6 +10,9 @@ BEGIN, END = "<!-- results: written by benchmarks/readme.py -->", "<!-- /results
 # Validation losses at iteration 22,500 in PoT-QAT (arXiv 2601.02298, Table 2; float: arXiv 2506.00315), last position.
 PAPERS = {"control": "1.58", "int4-paper-qat": "1.593", "pot9-paper-qat": "1.682"}
 
+ISAS = ("amx", "avx512vnni")
+KEY = ("n", "k", "m", "threads", "residency")
+
 
 def results() -> str:
     """README's section of measured results, as Markdown."""
@@ -62,7 +65,7 @@ def results() -> str:
         *(f"| {name} | {f['milliseconds']:.1f} | {f['ratio']:.2f} |" for name, f in step["figures"].items()),
         "",
     ]
-    return "\n".join(lines + _footprint())
+    return "\n".join(lines + _footprint() + _kernels() + _decode())
 
 
 def _footprint() -> list[str]:
@@ -99,6 +102,88 @@ def _footprint() -> list[str]:
         "peak counts those pages twice. Scales are float32: 1 bit a weight in groups of 32. GPT-2 has random weights "
         "here, SmolLM2-135M is the pretrained one.",
     ]
+
+
+# Columns of the table of layers: heading -> peer.
+LAYERS = {
+    "pot4": "potqat pot4",
+    "groups of 128": "potqat pot4, groups of 128",
+    "float32": "torch float32",
+    "bfloat16": "torch bfloat16",
+    "int8": "torch int8",
+    "dynamic int8": "torch dynamic int8",
+    "llama.cpp Q4_0": "llama.cpp Q4_0, AMX",
+}
+
+
+def _kernels() -> list[str]:
+    reports = [json.loads((RESULTS / f"kernels_{isa}.json").read_text(encoding="utf-8")) for isa in ISAS]
+    machine, versions = reports[0]["machine"], reports[0]["versions"]
+    lines = [
+        "",
+        "One linear layer, microseconds, medians of 9 interleaved samples, 1 thread (`benchmarks/kernels.py`; float32 "
+        f"activations in and out, quantization included, bfloat16 in bfloat16). {machine['cpu']}, torch "
+        f"{machine['torch']}, llama-cpp-python {versions['llama-cpp-python']} (its AMX kernels; GCC 12 must not drop "
+        "stores in them, or they crash). The machine is shared: what it can do at most is in the last two columns, "
+        "read bandwidth and the peak of the instruction set, measured beside each row.",
+        "",
+        "| tokens x outputs x inputs | instructions | " + " | ".join(LAYERS) + " | GB/s | peak TOPS |",
+        "|---" * (len(LAYERS) + 4) + "|",
+    ]
+    for report in reports:
+        found: dict[tuple, dict[str, str]] = {}
+        for row in report["rows"]:
+            time = "" if row["error"] else f"{row['microseconds']['median']:,.0f}"
+            found.setdefault(tuple(row[name] for name in KEY), {})[row["peer"]] = time
+        for calibration in report["calibration"]:
+            key = tuple(calibration[name] for name in KEY)
+            n, k, m, threads, residency = key
+            if threads != 1:
+                continue
+            cells = [
+                f"{m} x {n} x {k}" + (", rotated" if residency == "rotated" else ""),
+                calibration["isa"],
+                *(found[key].get(peer, "") for peer in LAYERS.values()),
+                f"{calibration['read_gb_per_second']:.0f}",
+                f"{calibration['peak_gops'] / 1e3:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    size = max(c["read_bytes"] for c in reports[0]["calibration"] if c["residency"] == "rotated")
+    return [
+        *lines,
+        "",
+        f"Rotated: through copies of the weight of {size / 1e6:,.0f} MB in all, so that no cache holds them. "
+        "int8 is activation quantization, `torch._int_mm` and two scales; dynamic int8 is PyTorch's quantized Linear. "
+        "All but llama.cpp's times include a call from Python, 20 to 30 microseconds here. All peers, and roofs: "
+        "`benchmarks/results/`.",
+    ]
+
+
+def _decode() -> list[str]:
+    report = json.loads((RESULTS / "decode_amx.json").read_text(encoding="utf-8"))
+    (calibration,) = (c for c in report["calibration"] if c["threads"] == 1)
+    rows = [row for row in report["rows"] if row["threads"] == 1]
+    base = next(row for row in rows if row["arm"] == "float32")
+    lines = [
+        "",
+        "A whole model, GPT-2 124M in shape, random weights, one text, 1 thread, the same machine "
+        f"(`benchmarks/decode.py`): {report['prefill_tokens']} tokens read at once, and tokens written one by one "
+        f"after {report['context']}, medians of {report['rounds']}; memory was read at "
+        f"{calibration['read_gb_per_second']:.0f} GB/s.",
+        "",
+        "| model | MB read a token | prefill tokens/s | of float32 | decode tokens/s | of float32 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["error"]:
+            lines.append(f"| {row['arm']} | did not run: {row['error']} | | | | |")
+            continue
+        cells = [row["arm"], f"{row['bytes_per_token'] / 1e6:.0f}"]
+        for phase in ("prefill", "decode"):
+            cells.append(f"{row[phase]['tokens_per_second']:,.0f}")
+            cells.append(f"{base[phase]['ms']['median'] / row[phase]['ms']['median']:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _megabytes(*counts: int) -> str:

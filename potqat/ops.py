@@ -50,7 +50,14 @@ def compute_scale(w: torch.Tensor, cfg: PoTConfig, importance: torch.Tensor | No
         )
     per_tensor = cfg.granularity == "tensor"
     scale = _call(
-        _ops.compute_scale, w.detach(), importance, cfg.grid, cfg.level_rounding, method, cfg.group_size, per_tensor
+        _ops.compute_scale.default,
+        w.detach(),
+        importance,
+        cfg.grid,
+        cfg.level_rounding,
+        method,
+        cfg.group_size,
+        per_tensor,
     )
     return scale.clamp_min(cfg.eps) if cfg.scale == "paper" else scale
 
@@ -71,7 +78,7 @@ def fake_quantize(w: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> torch
     """
     _check_weight("fake_quantize", w)
     _check_scale("fake_quantize", scale, w.shape[0], w.shape[1], cfg)
-    return _call(_ops.fake_quant, w, scale, cfg.grid, cfg.level_rounding, cfg.group_size, cfg.ste == "clipped")
+    return _call(_ops.fake_quant.default, w, scale, cfg.grid, cfg.level_rounding, cfg.group_size, cfg.ste == "clipped")
 
 
 def pack(w: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> torch.Tensor:
@@ -90,7 +97,7 @@ def pack(w: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> torch.Tensor:
     _check_weight("pack", w)
     check_packable("pack", cfg.grid)
     _check_scale("pack", scale, w.shape[0], w.shape[1], cfg)
-    return _call(_ops.pack, w.detach(), scale, cfg.grid, cfg.level_rounding, cfg.group_size)
+    return _call(_ops.pack.default, w.detach(), scale, cfg.grid, cfg.level_rounding, cfg.group_size)
 
 
 def unpack(packed: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig, shape: tuple[int, int]) -> torch.Tensor:
@@ -103,7 +110,7 @@ def unpack(packed: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig, shape: tup
     check_packable("unpack", cfg.grid)
     _check_packed("unpack", packed, cfg.grid, n, k)
     _check_scale("unpack", scale, n, k, cfg)
-    return _call(_ops.unpack, packed, scale, cfg.grid, n, k, cfg.group_size)
+    return _call(_ops.unpack.default, packed, scale, cfg.grid, n, k, cfg.group_size)
 
 
 def linear(
@@ -152,7 +159,7 @@ def linear(
             )
         mode = "static"
     return _call(
-        _ops.linear, x, packed, scale, bias, cfg.grid, out_features, cfg.group_size, mode,
+        _ops.linear.default, x, packed, scale, bias, cfg.grid, out_features, cfg.group_size, mode,
         1.0 if input_scale is None else input_scale, input_zero_point,
     )  # fmt: skip
 
@@ -173,7 +180,7 @@ def embedding(
     _check_scale("embedding", scale, *shape, cfg)
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"potqat.embedding: ids must be int32 or int64, got {ids.dtype}")
-    return _call(_ops.embedding, ids, packed, scale, cfg.grid, *shape, cfg.group_size)
+    return _call(_ops.embedding.default, ids, packed, scale, cfg.grid, *shape, cfg.group_size)
 
 
 def activation_mode(cfg: PoTConfig) -> str:

@@ -121,7 +121,7 @@ class PackedOp(nn.Module):
         self.settings = (cfg.grid, w.shape[0], cfg.group_size, activation_mode(cfg), 1.0, 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.potqat.linear(x, self.layer.packed, self.layer.scale, None, *self.settings)
+        return torch.ops.potqat.linear.default(x, self.layer.packed, self.layer.scale, None, *self.settings)
 
 
 OURS = (
