@@ -1,5 +1,6 @@
 """Decoding and sampling: the cache changes nothing but the time, compiles to one graph, and is left when it must be."""
 
+import dataclasses
 import functools
 import math
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import potqat
-from potqat.models.generate import Decoder, generate, stream
+from potqat.models.generate import SLOTS, Decoder, generate, stream
 from potqat.models.gpt import GPT, GPTConfig
 from potqat.modules import Packed
 
@@ -27,7 +28,7 @@ def gpt(kind="float"):
 
 def exact(model):
     """The same weights in float64, activations too."""
-    twin = GPT(CONFIG).eval()
+    twin = GPT(model.config).eval()
     state = twin.state_dict() | {k: v for k, v in model.state_dict().items() if k in twin.state_dict()}
     packed = {f"{name}.weight": m.dequantize() for name, m in model.named_modules() if isinstance(m, Packed)}
     twin.load_state_dict(state | packed)
@@ -99,6 +100,28 @@ def test_cached_logits_are_the_uncached_ones(kind, pieces):
     difference = read(decoder, idx, pieces) - expected
     assert difference.square().mean() <= 4 * (expected - exact(model)(idx)).square().mean()
     assert decoder.length == CONFIG.block_size
+
+
+@torch.no_grad()
+def test_slots_behind_the_used_ones_are_not_read():
+    model = GPT(dataclasses.replace(CONFIG, block_size=2 * SLOTS + 22)).eval()
+    idx = torch.randint(CONFIG.vocab_size, (2, model.config.block_size))
+    decoder, logits = Decoder(model, 2), []
+    for end in (SLOTS, 2 * SLOTS, model.config.block_size):
+        for pair in decoder.cache:
+            for slots in pair:
+                slots[:, :, decoder.length : end], slots[:, :, end:] = 0, math.nan  # masked, NaN would still be seen
+        logits += [decoder(idx[:, i : i + 1]) for i in range(decoder.length, end)]
+    expected = model(idx)
+    difference = torch.cat(logits, dim=1) - expected
+    assert difference.square().mean() <= 4 * (expected - exact(model)(idx)).square().mean()
+
+
+def test_logits_of_a_token_can_be_written_to():
+    decoder = Decoder(gpt(), 3)
+    logits = decoder(ids()[:, :1])
+    logits[..., 0] = -math.inf
+    assert not logits.requires_grad
 
 
 @torch.no_grad()

@@ -39,7 +39,6 @@ class Decoder:
         self._step = torch.compile(model, fullgraph=True) if compile else model
         self._slots: KVCache = []
 
-    @torch.no_grad()
     def __call__(self, idx: torch.Tensor) -> torch.Tensor:
         """Reads the next tokens, int64 [B, T]; returns their logits [B, T, V].
 
@@ -57,11 +56,14 @@ class Decoder:
                 f"Decoder: at most block_size={room} tokens fit, got {t} after {self.length}; "
                 "start a new Decoder with the last ones"
             )
-        positions = torch.arange(self.length, end, device=idx.device)  # (T)
-        idx = idx.clone(memory_format=torch.contiguous_format)  # the strides of a slice would be another graph
-        logits = (self._step if t == 1 else self.model)(idx, self._slots_for(end), positions)
+        one = t == 1
+        # no_grad would call the ops' autograd formulas, in Python, for nothing: much, for the work of one token.
+        with torch.inference_mode() if one else torch.no_grad():
+            positions = torch.arange(self.length, end, device=idx.device)  # (T)
+            idx = idx.clone(memory_format=torch.contiguous_format)  # the strides of a slice would be another graph
+            logits = (self._step if one else self.model)(idx, self._slots_for(end), positions)
         self.length = end
-        return logits
+        return logits.clone() if one else logits  # an inference tensor could not be written to
 
     def _slots_for(self, length: int) -> KVCache:
         """Views of the cache's first slots, a multiple of ``SLOTS``: what lies behind them need not be read."""
