@@ -72,7 +72,7 @@ def _calibrated(site: Site, inputs: calibrate.Inputs) -> tuple[PackedLinear, Ent
     source = weight
     if cfg.rounding == "gptq":
         source = gptq.compensate(gptq.corrected(weight, inputs.moment, inputs.drift), scale, inputs.moment, cfg)
-    new = _packed(site, ops.pack(source, scale, cfg), scale, sqnr_db(weight, source, scale, cfg))
+    new = _packed(site, ops.pack(source, scale, cfg), scale, sqnr_db(weight, scale, cfg, source))
     default = replace(cfg, scale="absmax", rounding="nearest")
     plain = ops.fake_quantize(weight.float(), ops.compute_scale(weight, default), default)
     entry = Entry(

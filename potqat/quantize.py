@@ -209,7 +209,7 @@ def _packed(site: Site, owner: Packed | None, fake_quant_of: Callable[[Site], Po
         new = PackedEmbedding(codes, scale, fake_quant.cfg, weight.shape, weight.dtype)
     else:
         new = PackedLinear(codes, scale, bias, fake_quant.cfg, weight.shape)
-    new.sqnr_db = sqnr_db(weight, weight, scale, fake_quant.cfg)
+    new.sqnr_db = sqnr_db(weight, scale, fake_quant.cfg)
     return new
 
 
@@ -220,7 +220,7 @@ def _twin(site: Site, owner: nn.Module | None, fake_quant_of: Callable[[Site], P
 
 def _error(site: Site, twin: nn.Module) -> float:
     fake_quant, weight = twin.weight_fake_quant, site.weight.detach()
-    return sqnr_db(weight, weight, fake_quant.scale(weight), fake_quant.cfg)
+    return sqnr_db(weight, fake_quant.scale(weight), fake_quant.cfg)
 
 
 def _left_float(model: nn.Module, counted: set[int]) -> list[Entry]:

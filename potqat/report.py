@@ -93,10 +93,11 @@ class Report:
 
 
 @torch.no_grad()
-def sqnr_db(w: torch.Tensor, source: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> float:
+def sqnr_db(w: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig, source: torch.Tensor | None = None) -> float:
     """Signal to quantization noise of w [N, K], 10 log10(sum w^2 / sum (w - w_hat)^2), in dB; inf if exact.
 
-    ``w_hat`` is the fake-quantized ``source`` [N, K]: w itself, or w with errors compensated."""
+    ``w_hat`` is the fake-quantized ``source`` [N, K]: w itself (None), or w with errors compensated."""
+    source = w if source is None else source
     signal = noise = 0.0
     rows = max(1, CHUNK // max(1, w.shape[1]))
     for part, of, part_scale in zip(w.split(rows), source.split(rows), scale.split(rows, dim=1), strict=True):

@@ -138,7 +138,7 @@ class PoTQuantizer(Quantizer):
         if reason:
             return Entry(**entry, action="skipped", reason=reason, bytes_after=size)
         made = self.fake_quants[use.parameter]
-        error = sqnr_db(weight, weight, made.scale(weight), made.cfg)
+        error = sqnr_db(weight, made.scale(weight), made.cfg)
         return Entry(
             **entry, action="quantized", reason="" if first else "tied: packed once", grid=made.cfg.grid,
             granularity=made.cfg.granularity, bytes_after=size, sqnr_db=error,
