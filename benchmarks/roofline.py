@@ -28,6 +28,9 @@ def plot(path: Path, report: dict) -> None:
             axis = panels[i][j]
             where = {"n": n, "k": k, "threads": count, "residency": "hot"}
             measured = [row for row in report["rows"] if _is(row, where) and not row["error"]]
+            if not measured:  # a run may be of some shapes only
+                axis.set_axis_off()
+                continue
             for peer in peers:
                 rows = sorted((row for row in measured if row["peer"] == peer), key=lambda row: row["m"])
                 ours = peer.startswith("potqat")

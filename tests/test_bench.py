@@ -242,11 +242,16 @@ def test_results_are_merged_by_group(benchmarks, quick, tmp_path):
     assert report.merge(path, second, bench.KEY) == second
 
 
-def test_the_roofline_is_drawn(benchmarks, quick, tmp_path):
+@pytest.mark.parametrize("left_out", [0, 1])  # results may be merged of runs of some shapes or threads only
+def test_the_roofline_is_drawn(benchmarks, quick, tmp_path, left_out):
     pytest.importorskip("matplotlib")
     import roofline
 
-    roofline.plot(tmp_path / "kernels.png", bench.report(list(bench.run(replace(TINY, threads=(1,)), bench.OURS))))
+    plans = [replace(TINY, shapes=(shape,)) for shape in TINY.shapes]
+    plans[1] = replace(plans[1], threads=TINY.threads[left_out:])
+    roofline.plot(
+        tmp_path / "kernels.png", bench.report([group for plan in plans for group in bench.run(plan, bench.OURS)])
+    )
     assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
 
 
