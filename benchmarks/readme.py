@@ -154,7 +154,7 @@ def _kernels() -> list[str]:
         "",
         f"Rotated: through copies of the weight of {size / 1e6:,.0f} MB in all, so that no cache holds them. "
         "int8 is activation quantization, `torch._int_mm` and two scales; dynamic int8 is PyTorch's quantized Linear. "
-        "All but llama.cpp's times include a call from Python, 20 to 30 microseconds here. All peers, and roofs: "
+        "All but llama.cpp's times include a call from Python. All peers, and roofs: "
         "`benchmarks/results/`.",
     ]
 
