@@ -123,7 +123,13 @@ class PackedLinear(Packed):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(x, self.packed, self.scale, self.bias, self.cfg, out_features=self.out_features)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"potqat.linear: x must be float [..., {self.in_features}], got {x.dtype} {list(x.shape)}")
+        cfg = self.cfg
+        return ops.run_linear(
+            x, self.packed, self.scale, self.bias, cfg.grid, self.out_features, cfg.group_size,
+            ops.activation_mode(cfg), 1.0, 0,
+        )  # fmt: skip
 
 
 class PackedEmbedding(Packed):

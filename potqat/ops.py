@@ -158,10 +158,23 @@ def linear(
                 f"-128..127; got {cfg.activations!r}, {input_scale}, {input_zero_point}"
             )
         mode = "static"
-    return _call(
-        _ops.linear.default, x, packed, scale, bias, cfg.grid, out_features, cfg.group_size, mode,
+    return run_linear(
+        x, packed, scale, bias, cfg.grid, out_features, cfg.group_size, mode,
         1.0 if input_scale is None else input_scale, input_zero_point,
     )  # fmt: skip
+
+
+def run_linear(x: torch.Tensor, *args) -> torch.Tensor:
+    """``torch.ops.potqat.linear`` without the checks of ``linear``; those of the op itself remain.
+
+    Where no gradient is wanted the call goes past the autograd key, whose formula (torch.library's) is Python and takes
+    as long as a small layer. In inference mode tensors do not have that key.
+    """
+    wanted = x.requires_grad and torch.is_grad_enabled()
+    if wanted or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return _call(_ops.linear.default, x, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _call(_ops.linear.default, x, *args)
 
 
 def embedding(

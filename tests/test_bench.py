@@ -184,7 +184,8 @@ def test_peers_compute_the_layer():
     """What is timed is the linear layer: potqat's op bit for bit its module, int8 within its rounding."""
     w, x = torch.randn(96, 128) * 0.02, torch.randn(5, 128)
     for cfg in (PoTConfig(scale="absmax"), PoTConfig(scale="absmax", granularity=128)):
-        assert torch.equal(bench.PackedOp(w, cfg)(x), bench.packed_linear(w, cfg)(x))
+        op = bench.Op(w, cfg)
+        assert torch.equal(op(x, op.packed), bench.packed_linear(w, cfg)(x))
     torch.testing.assert_close(bench.Int8Linear(w)(x), x @ w.T, rtol=0, atol=0.02)
     with torch.no_grad():
         torch.testing.assert_close(bench.TORCH[0].build(w).module(x), x @ w.T)

@@ -44,10 +44,6 @@ using torch::stable::Tensor;
   throw std::runtime_error(std::string("potqat.") + op + ": " + what);
 }
 
-void check(bool good, const char* op, const std::string& what) {
-  if (!good) fail(op, what);
-}
-
 std::string shape(const Tensor& t) {
   std::string text = "[";
   for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
@@ -55,10 +51,11 @@ std::string shape(const Tensor& t) {
 }
 
 void check_status(const Status& status, const char* op) {
+  if (status.code == Status::Code::kOk) return;  // before strings are made
   const std::string row = std::to_string(status.row), col = std::to_string(status.col);
   switch (status.code) {
     case Status::Code::kOk:
-      return;
+      break;
     case Status::Code::kNotFinite:
       fail(op, "the weight holds NaN or infinity at [" + row + ", " + col +
                    "]; find where it diverged and repair it before quantizing");
@@ -88,44 +85,45 @@ potqat::DType dtype_of(const Tensor& t, const char* op) {
 }
 
 Matrix matrix(const Tensor& w, const char* op) {
-  check(w.dim() == 2, op, "w must be [out_features, in_features], got " + shape(w));
-  check(w.size(1) <= potqat::kMaxInputs, op, "at most " + std::to_string(potqat::kMaxInputs) + " inputs");
+  if (w.dim() != 2) fail(op, "w must be [out_features, in_features], got " + shape(w));
+  if (w.size(1) > potqat::kMaxInputs) fail(op, "at most " + std::to_string(potqat::kMaxInputs) + " inputs");
   return {w.data_ptr(), dtype_of(w, op), w.size(0), w.size(1), w.stride(0), w.stride(1)};
 }
 
 Quantization quantization(const std::string& grid, const std::string& rounding, int64_t group_size, const char* op) {
   Quantization q{};
-  check(potqat::parse_grid(grid, &q.grid), op, "unknown grid '" + grid + "'");
-  check(potqat::parse_rounding(rounding, &q.rounding), op, "unknown rounding '" + rounding + "'");
-  check(group_size >= 0 && group_size % 32 == 0, op,
-        "group_size must be 0 or a multiple of 32, got " + std::to_string(group_size));
+  if (!potqat::parse_grid(grid, &q.grid)) fail(op, "unknown grid '" + grid + "'");
+  if (!potqat::parse_rounding(rounding, &q.rounding)) fail(op, "unknown rounding '" + rounding + "'");
+  if (group_size < 0 || group_size % 32 != 0) {
+    fail(op, "group_size must be 0 or a multiple of 32, got " + std::to_string(group_size));
+  }
   q.group_size = group_size;
   return q;
 }
 
 void check_packable(const Quantization& q, const std::string& grid, const char* op) {
-  check(q.grid.packable, op, grid + " is for fake-quantization only; it has no packed form");
+  if (!q.grid.packable) fail(op, grid + " is for fake-quantization only; it has no packed form");
 }
 
 const float* scale_data(const Tensor& scale, const Quantization& q, int64_t n, int64_t k, const char* op) {
   const int64_t groups = potqat::group_count(k, q.group_size);
-  check(scale.dim() == 2 && scale.size(0) == groups && scale.size(1) == n && scale.is_contiguous() &&
-            scale.scalar_type() == ScalarType::Float,
-        op,
-        "scale must be contiguous float32 [" + std::to_string(groups) + ", " + std::to_string(n) + "], got " +
-            shape(scale));
+  if (scale.dim() != 2 || scale.size(0) != groups || scale.size(1) != n || !scale.is_contiguous() ||
+      scale.scalar_type() != ScalarType::Float) {
+    fail(op, "scale must be contiguous float32 [" + std::to_string(groups) + ", " + std::to_string(n) + "], got " +
+                 shape(scale));
+  }
   return static_cast<const float*>(scale.data_ptr());
 }
 
 const uint8_t* packed_data(const Tensor& packed, const Quantization& q, int64_t n, int64_t k, const char* op) {
   const int64_t rows = (n + potqat::kTileOutputs - 1) / potqat::kTileOutputs;
   const int64_t cols = (k + potqat::kTileInputs - 1) / potqat::kTileInputs;
-  check(packed.dim() == 3 && packed.size(0) == rows && packed.size(1) == cols &&
-            packed.size(2) == potqat::tile_bytes(q.grid) && packed.is_contiguous() &&
-            packed.scalar_type() == ScalarType::Byte,
-        op,
-        "packed must be contiguous uint8 [" + std::to_string(rows) + ", " + std::to_string(cols) + ", " +
-            std::to_string(potqat::tile_bytes(q.grid)) + "], got " + shape(packed));
+  if (packed.dim() != 3 || packed.size(0) != rows || packed.size(1) != cols ||
+      packed.size(2) != potqat::tile_bytes(q.grid) || !packed.is_contiguous() ||
+      packed.scalar_type() != ScalarType::Byte) {
+    fail(op, "packed must be contiguous uint8 [" + std::to_string(rows) + ", " + std::to_string(cols) + ", " +
+                 std::to_string(potqat::tile_bytes(q.grid)) + "], got " + shape(packed));
+  }
   return static_cast<const uint8_t*>(packed.data_ptr());
 }
 
@@ -146,16 +144,19 @@ Tensor compute_scale(const Tensor& w, const std::optional<Tensor>& importance, c
   const Matrix m = matrix(w, op);
   const Quantization q = quantization(grid, rounding, group_size, op);
   potqat::ScaleMethod parsed{};
-  check(potqat::parse_scale_method(method, &parsed), op, "unknown method '" + method + "'");
-  check(!per_tensor || group_size == 0, op, "one scale per tensor has no groups");
+  if (!potqat::parse_scale_method(method, &parsed)) fail(op, "unknown method '" + method + "'");
+  if (per_tensor && group_size != 0) fail(op, "one scale per tensor has no groups");
   const float* weights = nullptr;
   if (importance) {
-    check(importance->dim() == 1 && importance->size(0) == m.cols && importance->is_contiguous() &&
-              importance->scalar_type() == ScalarType::Float,
-          op, "importance must be contiguous float32 [" + std::to_string(m.cols) + "], got " + shape(*importance));
+    if (importance->dim() != 1 || importance->size(0) != m.cols || !importance->is_contiguous() ||
+        importance->scalar_type() != ScalarType::Float) {
+      fail(op, "importance must be contiguous float32 [" + std::to_string(m.cols) + "], got " + shape(*importance));
+    }
     weights = static_cast<const float*>(importance->data_ptr());
   }
-  check((weights != nullptr) == (parsed == potqat::ScaleMethod::kOutput), op, "importance goes with method 'output'");
+  if ((weights != nullptr) != (parsed == potqat::ScaleMethod::kOutput)) {
+    fail(op, "importance goes with method 'output'");
+  }
   Tensor scale = torch::stable::new_empty(w, {potqat::group_count(m.cols, group_size), m.rows}, ScalarType::Float);
   check_status(potqat::compute_scale(m, weights, q, parsed, per_tensor, static_cast<float*>(scale.mutable_data_ptr()),
                                      run_parallel),
@@ -181,8 +182,9 @@ std::tuple<Tensor, Tensor> fake_quant_backward(const Tensor& grad, const Tensor&
   const char* op = "fake_quant_backward";
   const Matrix m = matrix(w, op), g = matrix(grad, op);
   const Quantization q = quantization(grid, rounding, group_size, op);
-  check(g.rows == m.rows && g.cols == m.cols && g.dtype == m.dtype, op,
-        "grad must have the weight's shape and dtype, got " + shape(grad) + " for " + shape(w));
+  if (g.rows != m.rows || g.cols != m.cols || g.dtype != m.dtype) {
+    fail(op, "grad must have the weight's shape and dtype, got " + shape(grad) + " for " + shape(w));
+  }
   const Tensor scale = as_contiguous(scale_);
   const float* s = scale_data(scale, q, m.rows, m.cols, op);
   Tensor dw = torch::stable::new_empty(w, {m.rows, m.cols});
@@ -222,22 +224,26 @@ Tensor linear(const Tensor& x_, const Tensor& packed_, const Tensor& scale_, con
               const Name& grid, int64_t n, int64_t group_size, const Name& activations, double input_scale,
               int64_t input_zero_point) {
   const char* op = "linear";
-  check(x_.dim() >= 1, op, "x must have at least one dimension");
+  if (x_.dim() < 1) fail(op, "x must have at least one dimension");
   const Tensor x = as_contiguous(x_), packed = as_contiguous(packed_), scale = as_contiguous(scale_);
   potqat::Linear args{};
   args.q = quantization(grid, "nearest", group_size, op);
   check_packable(args.q, grid, op);
-  check(potqat::parse_activations(activations, &args.activations), op, "unknown activations '" + activations + "'");
+  if (!potqat::parse_activations(activations, &args.activations)) {
+    fail(op, "unknown activations '" + activations + "'");
+  }
   args.dtype = dtype_of(x, op);
   args.n = n;
   args.k = x.size(x.dim() - 1);
   const bool is_static = args.activations == potqat::Activations::kStatic;
   // |q - zero point| reaches 255: with int8 weights the int32 sums then hold half as many inputs.
   const int64_t limit = is_static && args.q.grid.bits == 8 ? potqat::kMaxInputs / 2 : potqat::kMaxInputs;
-  check(args.k <= limit, op,
-        "at most " + std::to_string(limit) + " inputs keep int32 sums exact, got " + std::to_string(args.k));
-  check(!is_static || (input_scale > 0 && input_zero_point >= -128 && input_zero_point <= 127), op,
-        "input_scale must be positive and input_zero_point in -128..127");
+  if (args.k > limit) {
+    fail(op, "at most " + std::to_string(limit) + " inputs keep int32 sums exact, got " + std::to_string(args.k));
+  }
+  if (is_static && !(input_scale > 0 && input_zero_point >= -128 && input_zero_point <= 127)) {
+    fail(op, "input_scale must be positive and input_zero_point in -128..127");
+  }
   args.m = 1;
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) {
@@ -249,9 +255,11 @@ Tensor linear(const Tensor& x_, const Tensor& packed_, const Tensor& scale_, con
   args.scale = scale_data(scale, args.q, n, args.k, op);
   std::optional<Tensor> bias;
   if (bias_) {
-    check(bias_->dim() == 1 && bias_->size(0) == n, op,
-          "bias must be [" + std::to_string(n) + "], got " + shape(*bias_));
-    bias = as_contiguous(torch::stable::to(*bias_, ScalarType::Float));
+    if (bias_->dim() != 1 || bias_->size(0) != n) {
+      fail(op, "bias must be [" + std::to_string(n) + "], got " + shape(*bias_));
+    }
+    bias = as_contiguous(bias_->scalar_type() == ScalarType::Float ? *bias_
+                                                                   : torch::stable::to(*bias_, ScalarType::Float));
     args.bias = static_cast<const float*>(bias->data_ptr());
   }
   Tensor out = torch::stable::new_empty(x, sizes);

@@ -25,9 +25,10 @@ Sample: TypeAlias = Callable[[int], tuple[int, float]]
 
 LEAST_SECONDS = 2e-3  # of a sample: the clock and the loop around short calls are then less than a percent
 CALIBRATION_SECONDS = 10e-3  # of a sample that starts Python threads
-# Before each sample, not timed: brings its weights back into the caches, and outlasts the spinning of the threads that
-# another library's pool leaves behind. Calls far longer than that need neither.
-WARM_SECONDS, LONG_SECONDS = 3e-3, 50e-3
+# Before each sample, not timed: the threads of another library's pool stop spinning (libgomp's do after some 15 ms; at
+# two threads on two cores a sample taken before that is twice as long), and the weights come back into the caches.
+SETTLE_SECONDS, WARM_SECONDS = 50e-3, 3e-3
+LONG_SECONDS = 50e-3  # calls that take longer need no warming
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def interleave(
     taken: dict[str, list[float]] = {name: [] for name in samples}
     for _ in range(rounds):
         for name, sample in samples.items():
+            time.sleep(SETTLE_SECONDS)
             if calls is None and taken[name][-1:] < [LONG_SECONDS]:
                 _warm(sample, counts[name])
             made, seconds = sample(counts[name])

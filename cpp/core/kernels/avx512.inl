@@ -14,6 +14,7 @@ namespace {
 constexpr int kFewRows = 6;      // 6 x 4 sums, 4 operands and a broadcast fill the 32 registers
 constexpr int kPanelLines = 32;  // 16 KiB of looked-up operands
 constexpr int kPanelParts = 2 * kPanelLines;
+constexpr int kLinesAhead = 8;  // prefetched into the first-level cache while few rows are multiplied
 
 __m512i broadcast4(const int8_t* q) {
   int32_t dword;
@@ -56,7 +57,9 @@ void few_rows(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32_
   for (int64_t line = 0; line < d.line_count; ++line) {
     UNROLL for (int c = 0; c < COLUMNS; ++c) {
       const uint8_t* bytes = lines + c * d.column_bytes + line * 64;
-      _mm_prefetch(bytes + ahead, _MM_HINT_T1);  // the next columns: streams of a few KB are too short for the hardware
+      // Streams of a few KB are too short for the hardware: what follows here, and the next columns.
+      _mm_prefetch(bytes + kLinesAhead * 64, _MM_HINT_T0);
+      _mm_prefetch(bytes + ahead, _MM_HINT_T1);
       decoder.decode(_mm512_loadu_si512(bytes), part);
       UNROLL for (int r = 0; r < ROWS; ++r) {
         UNROLL for (int p = 0; p < kParts; ++p) {
