@@ -4,8 +4,8 @@
 
 Arms take turns at equal threads. Prefill reads 512 tokens and gives the logits of each; decoding reads token after
 token from position 128 on, 16 a sample: medians of the samples, with least and most. All arms but llama.cpp run
-``potqat.models.gpt.GPT`` and decode with its ``Decoder``; "compiled" is torch.compile for both. Each arm says how many
-bytes of weights a token reads, and the cosine between its logits and those of float32: arms are one model, rounded.
+``potqat.models.gpt.GPT`` and decode with its ``Decoder``; "compiled" is torch.compile for both, "program" is its
+program by AOTInductor (prefill is eager there). Each arm says how many bytes of weights a token reads, and the cosine between its logits and those of float32: arms are one model, rounded.
 
 Writes benchmarks/results/NAME.json; an earlier run's arms at other numbers of threads stay if the machine is the same.
 """
@@ -113,14 +113,14 @@ def run(shape: GPTConfig, arms: list[str], threads: int, rounds: int) -> dict:
 
 
 def torch_arm(
-    prepare: Callable[[GPT], GPT], compiled: bool, model: GPT, ids: torch.Tensor, threads: int, folder: Path
+    prepare: Callable[[GPT], GPT], how: str, model: GPT, ids: torch.Tensor, threads: int, folder: Path
 ) -> Running:
-    """``prepare`` makes the arm's model of a copy of the float one."""
+    """``prepare`` makes the arm's model of a copy of the float one; ``how``: "eager", "compiled" or "program"."""
     model = prepare(copy.deepcopy(model))
-    decoder = Decoder(model, 1, compile=compiled)
+    decoder = Decoder(model, 1, compile=_new_file(folder) if how == "program" else how == "compiled")
     logits = decoder(ids[:, :CONTEXT])[0, -1]
     tokens = [ids[:, i : i + 1].clone() for i in range(TOKENS)]
-    whole = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    whole = torch.compile(model, fullgraph=True, dynamic=False) if how == "compiled" else model
 
     def decode(count: int) -> tuple[int, float]:
         decoder.length = CONTEXT
@@ -130,6 +130,10 @@ def torch_arm(
         return count, time.perf_counter() - begin
 
     return Running(measure.of_calls(lambda: whole(ids)), decode, logits, weight_bytes(model))
+
+
+def _new_file(folder: Path) -> Path:
+    return folder / f"{len(list(folder.iterdir()))}.pt2"
 
 
 def packed(cfg: PoTConfig) -> Callable[[GPT], GPT]:
@@ -194,17 +198,19 @@ def weight_bytes(model: GPT) -> int:
 
 POT4 = PoTConfig(scale="absmax", embedding_grid="pot4")
 ARMS = {
-    "float32": partial(torch_arm, lambda model: model, False),
-    "float32 compiled": partial(torch_arm, lambda model: model, True),
-    "pot4": partial(torch_arm, packed(POT4), False),
-    "pot4 compiled": partial(torch_arm, packed(POT4), True),
-    "pot4, int8 head, compiled": partial(torch_arm, packed(PoTConfig(scale="absmax")), True),
-    "pot4, groups of 128, compiled": partial(
-        torch_arm, packed(PoTConfig(scale="absmax", embedding_grid="pot4", granularity=128)), True
+    "float32": partial(torch_arm, lambda model: model, "eager"),
+    "float32 compiled": partial(torch_arm, lambda model: model, "compiled"),
+    "float32 program": partial(torch_arm, lambda model: model, "program"),
+    "pot4": partial(torch_arm, packed(POT4), "eager"),
+    "pot4 compiled": partial(torch_arm, packed(POT4), "compiled"),
+    "pot4 program": partial(torch_arm, packed(POT4), "program"),
+    "pot4, int8 head, program": partial(torch_arm, packed(PoTConfig(scale="absmax")), "program"),
+    "pot4, groups of 128, program": partial(
+        torch_arm, packed(PoTConfig(scale="absmax", embedding_grid="pot4", granularity=128)), "program"
     ),
-    "torch dynamic int8": partial(torch_arm, dynamic_int8, False),
-    "torchao int8": partial(torch_arm, torchao_int8, False),
-    "torchao int8 compiled": partial(torch_arm, torchao_int8, True),
+    "torch dynamic int8": partial(torch_arm, dynamic_int8, "eager"),
+    "torchao int8": partial(torch_arm, torchao_int8, "eager"),
+    "torchao int8 compiled": partial(torch_arm, torchao_int8, "compiled"),
     "llama.cpp Q4_0": partial(llama_arm, True),
     "llama.cpp Q4_0, plain buffers": partial(llama_arm, False),
 }

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from potqat.models import aot
 from potqat.models.gpt import GPT, KVCache
 
 SLOTS = 64  # a decoder reads whole multiples of so many slots of its cache
@@ -23,21 +26,29 @@ class Decoder:
     Args:
         model: float or packed, in eval mode.
         batch_size: texts read side by side.
-        compile: a single token goes through ``torch.compile(model, fullgraph=True)``, one graph for every position;
-            longer pieces stay eager, because each length would be another graph.
+        compile: True: a single token goes through ``torch.compile(model, fullgraph=True)``, one graph for every
+            position; longer pieces stay eager, because each length would be another graph. A path that ends in .pt2:
+            a single token goes through the program in that file (``potqat.models.aot``), which is compiled first if
+            there is none; it has no Python in it, and serves later processes.
 
     Attributes:
         length: tokens read so far.
 
     Raises:
-        ValueError: a batch size below 1.
+        ValueError: a batch size below 1, or a file that was compiled for something else.
     """
 
-    def __init__(self, model: GPT, batch_size: int, compile: bool = False):
+    def __init__(self, model: GPT, batch_size: int, compile: bool | str | os.PathLike = False):
         self.model, self.batch_size, self.length = model, batch_size, 0
         self.cache = model.empty_cache(batch_size)
-        self._step = torch.compile(model, fullgraph=True) if compile else model
         self._slots: KVCache = []
+        if isinstance(compile, bool):
+            self._step = torch.compile(model, fullgraph=True) if compile else model
+        else:
+            path, slots = Path(compile), self._slots_for(1)
+            if not path.exists():
+                aot.compile_step(model, slots, path)
+            self._step = aot.load_step(model, slots, path)
 
     def __call__(self, idx: torch.Tensor) -> torch.Tensor:
         """Reads the next tokens, int64 [B, T]; returns their logits [B, T, V].
@@ -89,7 +100,7 @@ def stream(
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
-    compile: bool = False,
+    compile: bool | str | os.PathLike = False,
 ) -> Iterator[torch.Tensor]:
     """Sample ``n`` tokens after ``idx``, each from the last ``context`` ones. Call ``model.eval()`` before.
 
