@@ -15,8 +15,8 @@ namespace {
 
 // Below this many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kMinThreadWork = 1 << 20;
-// Outputs beyond the second-level cache are written around it: half the traffic, and the activations stay in.
-constexpr int64_t kStreamBytes = 4 << 20;
+// Outputs that leave no room for activations in the second-level cache are written around it: half the traffic.
+constexpr int64_t kStreamBytes = 1 << 20;
 
 // Rows that start at a cache line: a tile load that straddles two takes twice the time.
 constexpr std::align_val_t kCacheLine{64};

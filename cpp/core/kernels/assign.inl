@@ -8,16 +8,37 @@ float signed_level(float magnitude, float w) {
   return __builtin_copysignf(magnitude, w) + 0.0f;  // -0 + 0 = +0: there is one zero
 }
 
+// From so many weights with one scale on, thresholds times the scale are found once, and no weight is divided.
+constexpr int64_t kManyWeights = 256;
+
+float neighbour(float x, int up) {  // of a positive float
+  int32_t bits;
+  memcpy(&bits, &x, 4);
+  bits += up;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+// The smallest positive float whose quotient by scale is at least t, a positive one. Quotients are rounded correctly,
+// so they never fall while the dividend rises: comparing with it says what comparing the quotient with t would.
+float least_dividend(float t, float scale) {
+  float x = t * scale;  // right but for a unit or two in the last place
+  while (x > 0 && x / scale >= t) x = neighbour(x, -1);
+  while (x / scale < t) x = neighbour(x, 1);
+  return x;
+}
+
 // Eight magnitudes, by counting thresholds: without branches or an inner loop, so that the compiler vectorizes over the
 // weights.
+template <bool DIVIDE>
 void assign_eight(const Levels& q, const float* w, int64_t count, float scale, float factor, float* out) {
   float t[7], step[7];
   for (int i = 0; i < 7; ++i) {
-    t[i] = q.thresholds[i];
+    t[i] = DIVIDE ? q.thresholds[i] : least_dividend(q.thresholds[i], scale);
     step[i] = q.levels[i + 1] - q.levels[i];
   }
   for (int64_t j = 0; j < count; ++j) {
-    const float v = __builtin_fabsf(w[j]) / scale;
+    const float v = DIVIDE ? __builtin_fabsf(w[j]) / scale : __builtin_fabsf(w[j]);
     const auto above = [&](int i) { return v >= t[i] ? step[i] : 0.0f; };
     const float magnitude = above(0) + above(1) + above(2) + above(3) + above(4) + above(5) + above(6);
     out[j] = factor * signed_level(magnitude, w[j]);
@@ -59,7 +80,8 @@ void assign_nearest_unit(const Levels& q, const float* w, int64_t count, float s
 
 void assign(const Levels& q, const float* w, int64_t count, float scale, float factor, float* out) {
   if (q.count == 8) {
-    assign_eight(q, w, count, scale, factor, out);
+    const auto assign_all = count >= kManyWeights ? assign_eight<false> : assign_eight<true>;
+    assign_all(q, w, count, scale, factor, out);
   } else if (q.half_steps) {
     assign_nearest_unit(q, w, count, scale, factor, out);
   } else if (q.unit_steps) {
@@ -69,34 +91,46 @@ void assign(const Levels& q, const float* w, int64_t count, float scale, float f
   }
 }
 
-template <bool SCALE>
-float ste_loop(const float* __restrict g, const float* __restrict w, const float* __restrict level, int64_t count,
-               float scale, float top, bool clip, float* __restrict dw) {
+// Without a gradient of the scale.
+void pass(const float* __restrict g, const float* __restrict w, int64_t count, float scale, float top, bool clip,
+          float* __restrict dw) {
+  // What is beyond the top level starts where the quotient is beyond top.
+  const float beyond = clip ? least_dividend(neighbour(top, 1), scale) : __builtin_inff();
+  for (int64_t j = 0; j < count; ++j) dw[j] = __builtin_fabsf(w[j]) < beyond ? g[j] : 0.0f;
+}
+
+// One division serves dw's element and its term of the sum. A vector type, because GCC 12 keeps an array of sums in
+// memory; where a machine has no such vectors the compiler makes it of smaller ones.
+float ste_with_scale(const float* g, const float* w, const float* level, int64_t count, float scale, float top,
+                     bool clip, float* dw) {
   constexpr int kLanes = 16;
-  float lanes[kLanes] = {};
-  // dw's element, and its term of the sum: one division serves both.
-  const auto term = [&](int64_t j) {
-    const float v = w[j] / scale;
-    const bool inside = __builtin_fabsf(v) <= top;
-    dw[j] = clip && !inside ? 0.0f : g[j];
-    if constexpr (SCALE) return g[j] * (inside ? level[j] - v : level[j]);
-    return 0.0f;
+  typedef float Floats __attribute__((vector_size(4 * kLanes)));
+  typedef int32_t Bits __attribute__((vector_size(4 * kLanes)));
+  Floats sum = {};
+  const auto step = [&](int64_t j, size_t bytes) {
+    Floats gradient = {}, weight = {}, nearest = {};  // what is not there adds 0 * 0, which changes no bit of a sum
+    memcpy(&gradient, g + j, bytes);
+    memcpy(&weight, w + j, bytes);
+    memcpy(&nearest, level + j, bytes);
+    const Floats v = weight / scale, magnitude = (Floats)((Bits)v & 0x7fffffff);
+    const Bits inside = magnitude <= top;
+    const Floats passed = clip ? (Floats)(inside & (Bits)gradient) : gradient;
+    memcpy(dw + j, &passed, bytes);
+    sum += gradient * (inside ? nearest - v : nearest);
   };
   int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
-#pragma GCC unroll 1  // a loop of 16 that is unrolled is not vectorized
-    for (int i = 0; i < kLanes; ++i) lanes[i] += term(j + i);
-  }
-  for (int i = 0; j + i < count; ++i) lanes[i] += term(j + i);
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
-  return sum;
+  for (; j + kLanes <= count; j += kLanes) step(j, sizeof(Floats));
+  if (j < count) step(j, 4 * (count - j));
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += sum[i];
+  return total;
 }
 
 float ste(const float* g, const float* w, const float* level, int64_t count, float scale, float top, bool clip,
           float* dw) {
-  return level ? ste_loop<true>(g, w, level, count, scale, top, clip, dw)
-               : ste_loop<false>(g, w, level, count, scale, top, clip, dw);
+  if (level) return ste_with_scale(g, w, level, count, scale, top, clip, dw);
+  pass(g, w, count, scale, top, clip, dw);
+  return 0;
 }
 
 }  // namespace

@@ -78,7 +78,8 @@ int32_t quantize(const float* x, int64_t count, float scale, float low, float hi
 
 // Rows row .. row + rows of acc to y. Where there is no bias zero is added, which changes no bit: the sum before it
 // started from zero, and so is never minus zero.
-void scale(const int32_t* acc, int64_t row, int64_t rows, const Output& o) {
+template <bool FIRST, bool STREAM>
+void scale_as(const int32_t* acc, int64_t row, int64_t rows, const Output& o) {
   __mmask16 used[kMaxColumns];
   __m512 s_w[kMaxColumns], bias[kMaxColumns];
   __m512i offset[kMaxColumns];
@@ -94,16 +95,24 @@ void scale(const int32_t* acc, int64_t row, int64_t rows, const Output& o) {
     UNROLL for (int c = 0; c < kMaxColumns; ++c) {
       const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(acc + r * kWidth + 16 * c), offset[c]);
       const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(s_x, s_w[c]));
-      const __m512 start = o.first ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(used[c], y + 16 * c);
+      const __m512 start = FIRST ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(used[c], y + 16 * c);
       const __m512 out = _mm512_add_ps(_mm512_add_ps(start, product), bias[c]);
-      if (o.stream && used[c]) {
+      if (STREAM && used[c]) {
         _mm512_stream_ps(y + 16 * c, out);
       } else {
         _mm512_mask_storeu_ps(y + 16 * c, used[c], out);
       }
     }
   }
-  if (o.stream) _mm_sfence();
+  if (STREAM) _mm_sfence();
+}
+
+void scale(const int32_t* acc, int64_t row, int64_t rows, const Output& o) {
+  if (o.stream) {
+    o.first ? scale_as<true, true>(acc, row, rows, o) : scale_as<false, true>(acc, row, rows, o);
+  } else {
+    o.first ? scale_as<true, false>(acc, row, rows, o) : scale_as<false, false>(acc, row, rows, o);
+  }
 }
 
 }  // namespace
