@@ -6,6 +6,7 @@ all that is kept, and the moments of one layer. So memory does not grow with the
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections import Counter
@@ -56,7 +57,12 @@ def check_batches(batches: object) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def walk(model: nn.Module, batches: Sequence[torch.Tensor], floats: Mapping[str, nn.Module]) -> Iterator[Inputs]:
+def walk(
+    model: nn.Module,
+    batches: Sequence[torch.Tensor],
+    floats: Mapping[str, nn.Module],
+    before: Callable[[str, list[Callable[[], torch.Tensor]]], None] | None = None,
+) -> Iterator[Inputs]:
     """Yield the inputs of each layer that is float as yet, in the order of their calls.
 
     The caller may replace the layers in ``model`` by others before it asks for the next inputs: these come from a model
@@ -68,6 +74,8 @@ def walk(model: nn.Module, batches: Sequence[torch.Tensor], floats: Mapping[str,
         batches: token ids, int64 [B, T] each.
         floats: the float layers by their names in ``model``, where some may be replaced already; their one input is
             [..., K]. One that is never called comes with a count of 0.
+        before: called with the name of each block, and a run of it on each batch, before its first inputs; it may
+            change the block's weights, but not what it returns.
 
     Raises:
         ValueError: the model does not run on the first batch, or has no such blocks.
@@ -90,6 +98,8 @@ def walk(model: nn.Module, batches: Sequence[torch.Tensor], floats: Mapping[str,
             mininterval=0.5 if sys.stderr.isatty() else 5.0,
         )  # fmt: skip
         for i, members in enumerate(bar):
+            if before is not None:
+                before(names[chain.blocks[i]], chain.runs(i))
             yield from chain.inputs(members, i)
             if late or i + 1 < len(inside):
                 chain.advance(members, i)
@@ -199,6 +209,10 @@ class _Chain:
         with suppress(_Reached):
             self.model(self.batches[b], **self.options)
         return self._now
+
+    def runs(self, at: int) -> list[Callable[[], torch.Tensor]]:
+        """For each batch a run of block ``at``, which returns its hidden states."""
+        return [functools.partial(self._run, at, b, self.hidden) for b in range(len(self.batches))]
 
     @contextmanager
     def _float(self, names: list[str]) -> Iterator[None]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from potqat import calibrate, gptq, modules, ops
+from potqat import calibrate, gptq, modules, ops, smooth
 from potqat.modules import PackedLinear
 from potqat.plan import Site
 from potqat.report import Entry, sqnr_db
@@ -44,28 +44,66 @@ def pack_layers(
     Raises:
         ValueError: the model does not run on the batches, or a layer's inputs hold NaN or infinity.
     """
-    entries = []
-    for layer, site in layers.items():
-        if kept is not None and (found := kept.load(site.name)):
-            tensors, entry = found
-            new = _packed(site, tensors["packed"], tensors["scale"], entry.sqnr_db)
-            entries.append(entry)
-            modules.replace(model, {layer: new})
     sites = {site.name: site for site in layers.values()}
-    for inputs in calibrate.walk(model, batches, {name: site.module for name, site in sites.items()}):
-        for name in inputs.names:
-            site = sites[name]
-            if not inputs.moment.isfinite().all():
-                raise ValueError(f"{name}: its inputs hold NaN or infinity in calibration; check the model")
-            new, entry = _calibrated(site, inputs)
-            entries.append(entry)
-            modules.replace(model, {site.module: new})
-            if kept is not None:
-                kept.save(name, new, entry)
+    with _smoothing(model, sites, kept) as (before, smoothed):
+        entries = []
+        for layer, site in layers.items():
+            if kept is not None and (found := kept.load(site.name)):
+                tensors, entry = found
+                new = _packed(site, tensors["packed"], tensors["scale"], entry.sqnr_db)
+                entries.append(entry)
+                modules.replace(model, {layer: new})
+        floats = {name: site.module for name, site in sites.items()}
+        for inputs in calibrate.walk(model, batches, floats, before):
+            for name in inputs.names:
+                site = sites[name]
+                if not inputs.moment.isfinite().all():
+                    raise ValueError(f"{name}: its inputs hold NaN or infinity in calibration; check the model")
+                new, entry = _calibrated(site, inputs, name in smoothed)
+                entries.append(entry)
+                modules.replace(model, {site.module: new})
+                if kept is not None:
+                    kept.save(name, new, entry)
     return entries
 
 
-def _calibrated(site: Site, inputs: calibrate.Inputs) -> tuple[PackedLinear, Entry]:
+@contextmanager
+def _smoothing(
+    model: nn.Module, sites: dict[str, Site], kept: Unfinished | None
+) -> Iterator[tuple[Callable[[str, list], None], set[str]]]:
+    """(what smooths a block before it is calibrated, names of the layers that read something smoothed so far). The
+    blocks that ``kept`` knows of are smoothed at once; after an error all are as they were."""
+    floats = smooth.float_modules(model, {name: site.module for name, site in sites.items()})
+    int8 = [name for name, site in sites.items() if site.cfg.activations == "int8"]
+    known = {} if kept is None else kept.load_smoothings()
+    applied: list[smooth.Smoothing] = []
+    readers: set[str] = set()
+
+    def note(smoothings: list[smooth.Smoothing]) -> None:
+        applied.extend(smoothings)
+        readers.update(name for smoothing in smoothings for name in smoothing.readers)
+
+    def before(block: str, runs: list) -> None:
+        inside = [name for name in int8 if name.startswith(f"{block}.")]
+        if block in known or not inside:
+            return
+        note(smooth.smooth(block, floats, inside, runs))
+        if kept is not None:
+            kept.save_smoothings(block, [smoothing for smoothing in applied if smoothing.readers[0] in inside])
+
+    try:
+        for smoothings in known.values():
+            for smoothing in smoothings:
+                smoothing.apply(floats)
+            note(smoothings)
+        yield before, readers
+    except BaseException:
+        for smoothing in applied:
+            smoothing.apply(floats, undo=True)
+        raise
+
+
+def _calibrated(site: Site, inputs: calibrate.Inputs, smoothed: bool) -> tuple[PackedLinear, Entry]:
     cfg, weight = site.cfg, site.weight.detach()
     importance = inputs.moment.diagonal().float() if cfg.scale == "output" else None
     scale = ops.compute_scale(weight, cfg, importance)
@@ -79,7 +117,7 @@ def _calibrated(site: Site, inputs: calibrate.Inputs) -> tuple[PackedLinear, Ent
         site.name, site.kind, tuple(weight.shape), "quantized", grid=cfg.grid, granularity=cfg.granularity,
         reason="" if inputs.count else "no calibration token reached it: rounded to nearest",
         bytes_before=weight.numel() * weight.element_size(), bytes_after=new.packed_bytes, sqnr_db=new.sqnr_db,
-        method=f"scale={cfg.scale}, rounding={cfg.rounding}",
+        method=f"scale={cfg.scale}, rounding={cfg.rounding}" + ", smoothed inputs" * smoothed,
         output_error=gptq.output_error(weight, new.dequantize(), inputs.moment),
         output_error_nearest=gptq.output_error(weight, plain, inputs.moment),
     )  # fmt: skip

@@ -130,6 +130,12 @@ def _replace_calibrated(
     report.entries += calibrated.pack_layers(model, layers, batches, kept)
     order = {site.name: i for i, site in enumerate(sites)}
     report.entries.sort(key=lambda entry: order.get(entry.name, len(order)))
+    if smoothed := [entry.name for entry in report.entries if entry.method.endswith("smoothed inputs")]:
+        leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in smoothed))
+        report.notes.append(
+            f"{len(smoothed)} layers ({leaves}) have smoothed inputs: channels that are large are divided by powers of "
+            "two where they are made, and their weights multiplied; the float model's outputs do not change"
+        )
     if plain:
         report.notes.append(
             f"{', '.join(plain)}: scale by least squared error and rounding to nearest: a table, or a weight that "

@@ -18,8 +18,10 @@ from torch import nn
 from potqat.config import PoTConfig
 from potqat.modules import PackedLinear
 from potqat.report import Entry
+from potqat.smooth import Smoothing
 
 WORK = "work.txt"  # the hash of the work that the layers belong to
+SMOOTHED = ".smoothed"  # ends the name of a file that holds a block's factors
 
 
 def work_hash(model: nn.Module, cfg: PoTConfig, batches: Iterable[torch.Tensor]) -> str:
@@ -64,14 +66,36 @@ class Unfinished:
         return tensors, Entry(**fields | {"shape": tuple(fields["shape"])})
 
     def save(self, name: str, new: PackedLinear, entry: Entry) -> None:
-        if not self.folder.exists():
-            self.folder.mkdir(parents=True)
-            _write(self.folder / WORK, lambda part: part.write_text(self.work))
+        self._begin()
         tensors = {"packed": new.packed, "scale": new.scale.contiguous()}
         _write(self._file(name), lambda part: save_file(tensors, part, {"entry": json.dumps(asdict(entry))}))
 
+    def load_smoothings(self) -> dict[str, list[Smoothing]]:
+        """What smooth.smooth did to each block that it came to, by its name."""
+        found = {}
+        for file in sorted(self.folder.glob(f"*{SMOOTHED}")):
+            with safe_open(file, "pt") as opened:
+                places = json.loads(opened.metadata()["places"])
+                found[file.name.removesuffix(SMOOTHED)] = [
+                    Smoothing(maker, tuple(readers), opened.get_tensor(str(i)))
+                    for i, (maker, readers) in enumerate(places)
+                ]
+        return found
+
+    def save_smoothings(self, block: str, smoothings: list[Smoothing]) -> None:
+        """To be called before the first layer of the block is saved."""
+        self._begin()
+        tensors = {str(i): smoothing.factors for i, smoothing in enumerate(smoothings)}
+        places = {"places": json.dumps([(smoothing.maker, smoothing.readers) for smoothing in smoothings])}
+        _write(self.folder / f"{block}{SMOOTHED}", lambda part: save_file(tensors, part, places))
+
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _begin(self) -> None:
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            _write(self.folder / WORK, lambda part: part.write_text(self.work))
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
