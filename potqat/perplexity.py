@@ -6,11 +6,18 @@ window scored; the first token of the text is never a target. With stride = cont
 scores context - 1 targets: GPTQ's evaluation (arXiv 2210.17323). With a smaller stride, each window after the first
 scores its last ``stride`` tokens, and each of them sees at least context - stride tokens: Hugging Face's sliding
 window ("Perplexity of fixed-length models").
+
+Every figure comes with a 95% confidence interval: where it would lie over all text of the kind. Tokens of a window
+depend on each other, so windows are what is drawn: the spread of their sums gives the error ("clustered" in
+arXiv 2411.00640, sections 2.2 and 4.2; llama.cpp's perplexity tool takes tokens as independent, which is narrower).
+Models are compared on the same windows, window by window. Neighbouring windows of one document still depend on each
+other a little, which no interval here knows.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +27,9 @@ import torch
 
 POSITIONS = 32  # whose log-probabilities are held at once: 19 MB a float32 array at a vocabulary of 150,000
 LARGEST_LOSS = math.log(sys.float_info.max)  # nats a token beyond which a perplexity is no number any more
+CONFIDENCE = 0.95
+
+Interval = tuple[float, float]
 
 Model = Callable[[torch.Tensor], torch.Tensor]  # token ids int64 [B, T] -> logits [B, T, V]
 
@@ -73,15 +83,33 @@ class Sums(NamedTuple):
     agreed: int | None = None
 
 
+class Mean(NamedTuple):
+    """A mean over targets; ``standard_error`` and ``interval`` (of CONFIDENCE) take windows as independent draws, and
+    are None with a single one."""
+
+    value: float
+    standard_error: float | None
+    interval: Interval | None
+
+    @property
+    def exp_interval(self) -> Interval | None:
+        """Of the exponential of the mean; not symmetric about it. Ends beyond any float become the largest one."""
+        return self.interval and tuple(math.exp(min(end, LARGEST_LOSS)) for end in self.interval)
+
+
 @dataclass(frozen=True)
 class Reference:
-    """A float model on the same targets. ``loss`` and ``kl`` = KL(reference || model) are means in nats a token;
-    ``top1_agreement`` is the share of targets for which both models rank the same token first."""
+    """A float model on the same targets. ``loss`` and ``kl`` = KL(reference || model) are means in nats a token,
+    ``loss_difference`` (model - reference) is paired by window; ``top1_agreement`` is the share of targets for which
+    both models rank the same token first, its interval within 0..1."""
 
     loss: float
     kl: float
     kl_standard_error: float | None
+    kl_interval: Interval | None
     top1_agreement: float
+    top1_interval: Interval | None
+    loss_difference: Mean
 
     @property
     def perplexity(self) -> float:
@@ -90,11 +118,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Mean loss in nats over ``scored`` targets in ``windows`` windows. Standard errors take windows as independent
-    draws, None with a single one: they say how far another text of the kind may differ, not how exact the sum is."""
+    """Mean loss in nats over ``scored`` targets in ``windows`` windows. Standard error and interval (of the perplexity)
+    say how far another text of the kind may differ, not how exact the sum is."""
 
     loss: float
     standard_error: float | None
+    interval: Interval | None
     scored: int
     windows: int
     context: int
@@ -106,12 +135,14 @@ class Perplexity:
         return math.exp(self.loss)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, with the perplexities and their ratio (model / reference)."""
+        """JSON-ready, with the perplexities and their ratio (model / reference); ``*interval`` are [low, high]."""
         against = self.reference
         return {
             "perplexity": self.perplexity,
+            "perplexity_interval": _listed(self.interval),
             "loss": self.loss,
             "standard_error": self.standard_error,
+            "confidence": CONFIDENCE,
             "scored": self.scored,
             "windows": self.windows,
             "context": self.context,
@@ -119,10 +150,13 @@ class Perplexity:
             "reference": None if against is None else {
                 "perplexity": against.perplexity,
                 "perplexity_ratio": math.exp(self.loss - against.loss),
+                "perplexity_ratio_interval": _listed(against.loss_difference.exp_interval),
                 "loss": against.loss,
                 "kl": against.kl,
                 "kl_standard_error": against.kl_standard_error,
+                "kl_interval": _listed(against.kl_interval),
                 "top1_agreement": against.top1_agreement,
+                "top1_agreement_interval": _listed(against.top1_interval),
             },
         }  # fmt: skip
 
@@ -175,14 +209,21 @@ def score(model: Model, tokens: torch.Tensor, windows: Windows, i: int, referenc
 def summarize(windows: Windows, sums: Sequence[Sums]) -> Perplexity:
     """The result from the sums of every window, in order."""
     counts = [windows.scored(i) for i in range(len(windows))]
-    loss, standard_error = _mean(counts, [window.loss for window in sums])
+    loss = mean(counts, [window.loss for window in sums])
     reference = None
     if sums[0].kl is not None:
-        kl, kl_standard_error = _mean(counts, [window.kl for window in sums])
-        reference_loss, _ = _mean(counts, [window.reference_loss for window in sums])
-        agreement = sum(window.agreed for window in sums) / sum(counts)
-        reference = Reference(reference_loss, kl, kl_standard_error, agreement)
-    return Perplexity(loss, standard_error, sum(counts), len(windows), windows.context, windows.stride, reference)
+        kl = mean(counts, [window.kl for window in sums])
+        top1 = mean(counts, [window.agreed for window in sums])
+        reference = Reference(
+            math.fsum(window.reference_loss for window in sums) / sum(counts),
+            kl.value, kl.standard_error, kl.interval and (max(0.0, kl.interval[0]), kl.interval[1]),
+            top1.value, top1.interval and (max(0.0, top1.interval[0]), min(1.0, top1.interval[1])),
+            mean(counts, [window.loss - window.reference_loss for window in sums]),
+        )  # fmt: skip
+    return Perplexity(
+        loss.value, loss.standard_error, loss.exp_interval, sum(counts), len(windows), windows.context, windows.stride,
+        reference,
+    )  # fmt: skip
 
 
 def _logits(model: Model, name: str, window: torch.Tensor) -> torch.Tensor:
@@ -194,12 +235,41 @@ def _logits(model: Model, name: str, window: torch.Tensor) -> torch.Tensor:
     return logits[0]
 
 
-def _mean(counts: list[int], totals: list[float]) -> tuple[float, float | None]:
-    """Mean over all targets, and its standard error over windows: the ratio estimator's (Cochran, Sampling Techniques,
-    6.3), which for windows of equal count is the usual one of a mean of window means."""
-    mean = math.fsum(totals) / sum(counts)
+def mean(counts: Sequence[int], totals: Sequence[float]) -> Mean:
+    """Mean over all targets of sums ``totals`` over windows of ``counts`` targets.
+
+    Its standard error is that of the ratio estimator (the delta method for a quotient of two sums; Cochran, Sampling
+    Techniques, 6.3), which for windows of equal count is the usual one of a mean of window means; the interval takes
+    Student's t with a degree of freedom less than windows.
+    """
+    value = math.fsum(totals) / sum(counts)
     n = len(counts)
     if n == 1:
-        return mean, None
-    squares = math.fsum((total - mean * count) ** 2 for total, count in zip(totals, counts, strict=True))
-    return mean, math.sqrt(squares * n / (n - 1)) / sum(counts)
+        return Mean(value, None, None)
+    squares = math.fsum((total - value * count) ** 2 for total, count in zip(totals, counts, strict=True))
+    error = math.sqrt(squares * n / (n - 1)) / sum(counts)
+    reach = student_t(n - 1) * error
+    return Mean(value, error, (value - reach, value + reach))
+
+
+def student_t(freedom: int) -> float:
+    """How many standard errors an interval of CONFIDENCE reaches to each side, within 0.2% of Student's t.
+
+    Abramowitz and Stegun 26.7.5, and the closed forms for one and two degrees of freedom."""
+    p = (1 + CONFIDENCE) / 2
+    if freedom == 1:
+        return math.tan(math.pi * (p - 0.5))
+    if freedom == 2:
+        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
+    x = statistics.NormalDist().inv_cdf(p)
+    terms = (
+        (x**3 + x) / 4,
+        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
+        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
+    )
+    return x + sum(term / freedom**i for i, term in enumerate(terms, start=1))
+
+
+def _listed(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else list(interval)

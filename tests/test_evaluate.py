@@ -162,6 +162,66 @@ def test_standard_errors_are_over_windows(model, reference, tokens):
     assert alone[0].reference.kl_standard_error is None
 
 
+def test_the_interval_of_the_ratio_is_that_of_paired_differences(model, reference, tokens):
+    measured = measure(model, tokens, 16, reference=reference)
+    alone = [measure(model, tokens[i : i + 16], 16, reference=reference) for i in range(0, 96, 16)]
+    differences = [window.loss - window.reference.loss for window in alone]
+    reach = 2.570582 * statistics.stdev(differences) / math.sqrt(6)  # Student's t, 5 degrees of freedom: tables
+    ends = [math.exp(statistics.fmean(differences) + side * reach) for side in (-1, 1)]
+    content = measured.to_dict()
+    assert content["reference"]["perplexity_ratio_interval"] == pytest.approx(ends, rel=1e-3)
+    low, high = content["perplexity_interval"]
+    assert low * high == pytest.approx(measured.perplexity**2)
+    assert content["confidence"] == 0.95
+    intervals = {key for part in (content, content["reference"]) for key in part if key.endswith("interval")}
+    single = alone[0].to_dict()
+    assert all((single | single["reference"])[key] is None for key in intervals)
+    assert len(intervals) == 4
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 15, 63, 1000])
+def test_students_t_is_that_of_its_density(freedom):
+    reach = perplexity.student_t(freedom)
+    x = torch.linspace(0, reach, 100_001, dtype=torch.float64)
+    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    inside = 2 * constant * torch.trapezoid((1 + x**2 / freedom) ** (-(freedom + 1) / 2), x).item()
+    assert inside == pytest.approx(0.95, abs=2e-4)
+
+
+@pytest.mark.parametrize("stride", [64, 24])  # with 24 the first window scores more targets than the others
+def test_intervals_hold_the_truth_as_often_as_they_say(stride):
+    """Synthetic texts of few windows, whose tokens share what their window has: easy or hard, and hard for both models.
+    An interval from the spread of single tokens, as if they were independent, would hold the truth half as often."""
+    repeats, windows = 1000, Windows(64 + 11 * stride, 64, stride)
+    counts = torch.tensor([windows.scored(i) for i in range(len(windows))], dtype=torch.float64)
+    draw = torch.Generator().manual_seed(4)
+
+    def noise(deviation):  # of each window's sum: shared by its targets, and of each target
+        shape = (repeats, len(windows))
+        shared, own = (torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(2))
+        return deviation * (0.5 * shared * counts + own * counts.sqrt())
+
+    hard = noise(1.0)
+    reference = 3.0 * counts + hard
+    loss = 3.2 * counts + hard + noise(0.1)
+    kl = 0.3 * counts + noise(0.1)
+    rate = 0.8 + 0.05 * torch.randn(repeats, len(windows), generator=draw, dtype=torch.float64)
+    agreed = torch.binomial(counts.expand_as(rate), rate.clamp(0, 1), generator=draw)
+    truths = {"perplexity": math.exp(3.2), "perplexity_ratio": math.exp(0.2), "kl": 0.3, "top1_agreement": 0.8}
+    held, ratio_width, alone_width = dict.fromkeys(truths, 0), 0.0, 0.0
+    for rows in zip(loss.tolist(), reference.tolist(), kl.tolist(), agreed.int().tolist(), strict=True):
+        content = perplexity.summarize(windows, [perplexity.Sums(*row) for row in zip(*rows, strict=True)]).to_dict()
+        content |= content["reference"] | {"perplexity": content["perplexity"]}
+        ratio_width += math.log(content["perplexity_ratio_interval"][1] / content["perplexity_ratio_interval"][0])
+        alone_width += math.log(content["perplexity_interval"][1] / content["perplexity_interval"][0])
+        for name, truth in truths.items():
+            low, high = content[f"{name}_interval"]
+            held[name] += low <= truth <= high
+    # 95% of 1000, give or take three standard errors (0.7% each); a ratio estimator of 12 windows is a little short
+    assert all(0.92 * repeats <= count <= 0.971 * repeats for count in held.values()), held
+    assert ratio_width < 0.15 * alone_width  # pairing takes out what is hard for both
+
+
 def test_low_precision_logits_are_scored_in_float32(model, tokens):
     low = measure(lambda ids: model(ids).bfloat16(), tokens, 16)
     assert low.loss == measure(lambda ids: model(ids).bfloat16().double(), tokens, 16).loss

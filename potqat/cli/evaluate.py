@@ -14,13 +14,20 @@ def add(verbs) -> None:
     parser = verbs.add_parser(
         "eval",
         help="perplexity, distance to a float model, lm-eval tasks",
-        description="Measure a model on a text: perplexity a token over windows of --context tokens, and with "
-        "--reference the KL divergence from a float model and how often both rank the same token first.",
-        epilog="example: potqat eval gpt2-e2m1 --text wikitext2-test.txt --reference gpt2 --context 512",
+        description="Measure a model on texts: perplexity a token over windows of --context tokens, and with "
+        "--reference its ratio to that of a float model, the KL divergence from it, and how often both rank the same "
+        "token first; each with the interval that holds it, with 95% confidence, over all text of the kind.",
+        epilog="example: potqat eval gpt2-e2m1 --text wikitext2-test.txt --text mails.txt --reference gpt2",
     )
     parser.add_argument("model", metavar="MODEL", help="packed folder, or hub name, folder, GGUF file, nanoGPT ckpt.pt")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: none)")
-    parser.add_argument("--tokens", type=int, metavar="N", help="use the first N tokens of the text (default: all)")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="UTF-8 text to measure on; repeatable (default: none)",
+    )
+    parser.add_argument("--tokens", type=int, metavar="N", help="use the first N tokens of each text (default: all)")
     parser.add_argument(
         "--context", type=int, metavar="N", help="tokens a window (default: 2048, or what the model takes if less)"
     )
@@ -38,7 +45,7 @@ def add(verbs) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="documents of each lm-eval task (default: all)")
     parser.add_argument(
         "--out", type=Path, metavar="FILE.json",
-        help="write the result on --text there, too, so that an interrupted run can go on (default: none)",
+        help="write the results on --text there, too, so that an interrupted run can go on (default: none)",
     )  # fmt: skip
     threads.add(parser)
     parser.add_argument(
@@ -55,8 +62,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from potqat.flows.text import read_text
     from potqat.models.gpt import GPTConfig
 
-    if arguments.text is not None:
-        read_text(arguments.text)  # what is wrong with it is said before anything else is read
+    for text in arguments.text or ():
+        read_text(text)  # what is wrong with it is said before anything else is read
     source = sources.find(arguments.model)
     other = sources.find(arguments.reference) if arguments.reference is not None else None
     if other and other.vocabulary != source.vocabulary:
@@ -65,9 +72,9 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{source.vocabulary}; compare models that share a tokenizer"
         )
     tokenizer = sources.tokenizer_for(source, arguments.tokenizer)
-    plan = tasks = None
+    plans, tasks = [], None
     if arguments.text is not None:
-        plan = evaluate.plan_text(
+        plans = evaluate.plan_texts(
             arguments.text, tokenizer, model=source.identity(), vocabulary=source.vocabulary,
             max_context=min(model.max_context for model in (source, other) if model), context=arguments.context,
             stride=arguments.stride, tokens=arguments.tokens, reference=other and other.identity(), out=arguments.out,
@@ -78,10 +85,10 @@ def _run(arguments: argparse.Namespace) -> int:
         tasks = harness.plan_lm_eval(arguments.lm_eval, arguments.lm_eval_path, arguments.limit)
     model = sources.load(source)
     result = {}
-    if plan is not None:
+    if plans:
         reference = sources.logits_of(sources.load(other)) if other else None
         try:
-            result = evaluate.evaluate_text(plan, sources.logits_of(model), reference)
+            result = evaluate.evaluate_texts(plans, sources.logits_of(model), reference)
         except KeyboardInterrupt as stop:
             raise Stopped(str(stop) or "stopped") from None
     if tasks is not None:
@@ -104,19 +111,18 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _shown(result: dict) -> str:
     lines = []
-    if "perplexity" in result:
-        error = result["standard_error"]
-        spread = "" if error is None else f" (loss {result['loss']:.4f} +- {error:.4f})"
+    for text in result.get("texts", [result] if "perplexity" in result else []):
         lines.append(
-            f"perplexity {result['perplexity']:.4f}{spread} on {result['text']['file']}: first {result['tokens']:,} of "
-            f"{result['text']['tokens']:,} tokens, context {result['context']}, stride {result['stride']}, "
-            f"{result['scored']:,} scored"
+            f"perplexity {text['perplexity']:.4f}{_within(text['perplexity_interval'], '.4f')} on "
+            f"{text['text']['file']}: first {text['tokens']:,} of {text['text']['tokens']:,} tokens, context "
+            f"{text['context']}, stride {text['stride']}, {text['scored']:,} scored"
         )
-        if against := result["reference"]:
+        if against := text["reference"]:
             lines.append(
                 f"against the reference (perplexity {against['perplexity']:.4f}): "
-                f"ratio {against['perplexity_ratio']:.4f}, KL {against['kl']:.4f} nats a token, "
-                f"top-1 agreement {against['top1_agreement']:.1%}"
+                f"ratio {against['perplexity_ratio']:.4f}{_within(against['perplexity_ratio_interval'], '.4f')}, "
+                f"KL {against['kl']:.4f}{_within(against['kl_interval'], '.4f')} nats a token, "
+                f"top-1 agreement {against['top1_agreement']:.1%}{_within(against['top1_agreement_interval'], '.1%')}"
             )
     for task, metrics in result.get("lm_eval", {}).get("results", {}).items():
         values = ", ".join(
@@ -124,3 +130,7 @@ def _shown(result: dict) -> str:
         )
         lines.append(f"{task}: {values}")
     return "\n".join(lines)
+
+
+def _within(interval: list[float] | None, form: str) -> str:
+    return "" if interval is None else f" (95%: {interval[0]:{form}} to {interval[1]:{form}})"

@@ -1,7 +1,8 @@
-"""Evaluate a language model on a text file: perplexity, and the distance to a float reference; resumable.
+"""Evaluate a language model on text files: perplexity, and the distance to a float reference; resumable.
 
 ``plan_text`` reads, tokenizes and checks, so that nothing can be wrong with the request once models are loaded;
-``evaluate_text`` runs the plan. ``measure`` is the same for tokens at hand.
+``evaluate_text`` runs the plan. ``plan_texts`` and ``evaluate_texts`` do so for several texts and one result.
+``measure`` is the same for tokens at hand.
 """
 
 from __future__ import annotations
@@ -114,12 +115,15 @@ def measure(
                         "command again to go on"
                     ) from None
             raise
+    if partial:
+        partial.save(sums)  # of several texts, this one is done; whoever writes the result deletes it
     return summarize(windows, sums)
 
 
 @dataclass(frozen=True)
 class TextPlan:
-    """A checked evaluation on a text: ``tokens`` int64 [L] of it in windows, and where the result goes."""
+    """A checked evaluation on a text: ``tokens`` int64 [L] of it in windows, and where the result goes. ``number``: of
+    the text among several in one result, from 1; 0 for the only one."""
 
     text: dict[str, Any]
     tokens: torch.Tensor
@@ -127,6 +131,7 @@ class TextPlan:
     model: str
     reference: str | None
     out: Path | None
+    number: int = 0
 
     def partial(self) -> Partial | None:
         if self.out is None:
@@ -141,7 +146,8 @@ class TextPlan:
             "reference": self.reference,
             **machine(),
         }
-        return Partial(self.out.with_name(f"{self.out.name}.partial"), settings)
+        number = f".{self.number}" if self.number else ""
+        return Partial(self.out.with_name(f"{self.out.name}{number}.partial"), settings)
 
 
 def plan_text(
@@ -156,6 +162,7 @@ def plan_text(
     tokens: int | None = None,
     reference: str | None = None,
     out: str | os.PathLike | None = None,
+    number: int = 0,
 ) -> TextPlan:
     """Read and tokenize a text and check everything that can be checked without the models.
 
@@ -170,6 +177,7 @@ def plan_text(
         stride: tokens from window to window; the context by default.
         tokens: evaluate the first so many of the text; all by default.
         out: JSON file for the result. Until it is there, ``OUT.partial`` holds what an interrupted run has done.
+        number: see TextPlan.
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: the text cannot be read, or ``out`` cannot be written.
@@ -196,10 +204,17 @@ def plan_text(
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     described = {"file": name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "tokens": len(ids)}
-    plan = TextPlan(described, used, windows, model, reference, out)
+    plan = TextPlan(described, used, windows, model, reference, out, number)
     if partial := plan.partial():
         partial.load()
     return plan
+
+
+def plan_texts(paths: Sequence[str | os.PathLike], tokenizer: Any, **options: Any) -> list[TextPlan]:
+    """``plan_text`` for each of ``paths``, at least one, with equal ``options``. Of several, ``OUT.1.partial``,
+    ``OUT.2.partial`` ... hold what an interrupted run has done."""
+    several = len(paths) > 1
+    return [plan_text(path, tokenizer, **options, number=several * i) for i, path in enumerate(paths, start=1)]
 
 
 def evaluate_text(plan: TextPlan, model: Model, reference: Model | None = None) -> dict[str, Any]:
@@ -207,19 +222,34 @@ def evaluate_text(plan: TextPlan, model: Model, reference: Model | None = None) 
 
     Models and errors as in ``measure``; ``reference`` is given where the plan names one.
     """
-    if (reference is None) != (plan.reference is None):
-        raise ValueError(f"the plan names the reference {plan.reference!r}; give evaluate_text the same one or none")
-    partial = plan.partial()
-    measured = measure(model, plan.tokens, plan.windows.context, plan.windows.stride, reference, partial)
-    result = {
+    return evaluate_texts([plan], model, reference)
+
+
+def evaluate_texts(plans: Sequence[TextPlan], model: Model, reference: Model | None = None) -> dict[str, Any]:
+    """Run plans of equal models and ``out``, at least one: ``{"texts": [...]}`` with the results of ``evaluate_text``,
+    or the one result of a single plan; also written to ``out``."""
+    for plan in plans:
+        if (reference is None) != (plan.reference is None):
+            raise ValueError(
+                f"the plan names the reference {plan.reference!r}; give evaluate_text the same one or none"
+            )
+    results = [_evaluate(plan, model, reference) for plan in plans]
+    result = {"texts": results} if plans[0].number else results[0]
+    if plans[0].out is not None:
+        write_json(plans[0].out, result)
+        for plan in plans:
+            plan.partial().path.unlink(missing_ok=True)
+    return result
+
+
+def _evaluate(plan: TextPlan, model: Model, reference: Model | None) -> dict[str, Any]:
+    windows = plan.windows
+    measured = measure(model, plan.tokens, windows.context, windows.stride, reference, plan.partial())
+    return {
         "text": plan.text,
-        "tokens": plan.windows.tokens,
+        "tokens": windows.tokens,
         "model": plan.model,
         "reference_model": plan.reference,
         **measured.to_dict(),
         "machine": machine(),
     }
-    if partial:
-        write_json(plan.out, result)
-        partial.path.unlink(missing_ok=True)
-    return result
