@@ -3,6 +3,7 @@ and one line for what cannot."""
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import resource
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import potqat
 from potqat import PoTConfig, calibrate
 from potqat.cli import VERBS, main
-from potqat.flows import continuation, evaluate, sources
+from potqat.flows import continuation, evaluate, quantize, sources
 from potqat.models.gpt import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers", reason="needs potqat[hf]")
@@ -292,6 +293,31 @@ def test_calibration_settings_reach_the_file(at, tmp_path):
     assert config["transformer.h.0.attn.c_attn"]["rounding"] == "nearest"
 
 
+def test_a_calibration_seed_draws_a_window_from_each_part_of_the_text(at, tmp_path):
+    source = sources.find(str(at.gpt2))
+    tokenizer = sources.tokenizer_of(source)
+    ids = tokenizer(WORDS)["input_ids"]
+    windows_of = functools.partial(quantize.calibration_windows, at.text, tokenizer, source)
+    drawn = {seed: torch.cat(windows_of(300, seed=seed)) for seed in (0, 1)}
+    part = len(ids) // 5
+    for windows in drawn.values():
+        assert windows.shape == (5, CONTEXT)
+        for i, window in enumerate(windows.tolist()):
+            places = [begin for begin in range(len(ids)) if ids[begin : begin + CONTEXT] == window]
+            assert any(i * part <= place <= (i + 1) * part - CONTEXT for place in places)
+    assert (drawn[0] != drawn[1]).any(1).sum() >= 4
+    assert torch.equal(drawn[1], torch.cat(windows_of(300, seed=1)))
+    (tmp_path / "tight.txt").write_text(tokenizer.decode(ids[:CONTEXT]))
+    with pytest.raises(ValueError, match="tight.txt: has 64 tokens, and 1 calibration windows of 64 leave nothing to"):
+        quantize.calibration_windows(tmp_path / "tight.txt", tokenizer, source, 64, seed=0)
+    command = ["quantize", at.gpt2, "--calibration", at.text, "--calibration-tokens", 300, "--out"]
+    for name, seed in (("a", []), ("b", ["--calibration-seed", 0]), ("c", ["--calibration-seed", 0])):
+        good(*command, tmp_path / name, *seed)
+    scales = [tensors_of(tmp_path / name)["transformer.h.1.mlp.c_fc.scale"] for name in "abc"]
+    assert torch.equal(scales[1], scales[2])
+    assert not torch.equal(scales[0], scales[1])
+
+
 def test_bfloat16_weights_are_read(at, tmp_path):
     for dtype in ("float32", "bfloat16"):
         good("quantize", at.half, "--out", tmp_path / dtype, "--dtype", dtype)
@@ -417,6 +443,8 @@ USAGE = [  # arguments, part of the message; exit 2
         "--calibration-tokens goes with --calibration FILE and must",
     ),
     ("quantize {gpt2} --out={new} --calibration={text} --calibration-tokens=0", "must be at least 1, got 0"),
+    ("quantize {gpt2} --out={new} --calibration-seed=1", "--calibration-seed goes with --calibration FILE and must be"),
+    ("quantize {gpt2} --out={new} --calibration={text} --calibration-seed=-1", "must be at least 0, got -1"),
     ("inspect {packed} --plot=a.jpg", "--plot writes PNG: name a file that ends in .png, got a.jpg"),
 ]
 

@@ -54,6 +54,10 @@ def add(verbs) -> None:
         help=f"read so many tokens, in windows spread over the text (default: {CALIBRATION_TOKENS}, or what there is)",
     )
     parser.add_argument(
+        "--calibration-seed", type=int, metavar="N",
+        help="draw the windows at random, to see what another sample of the text gives (default: evenly spread)",
+    )  # fmt: skip
+    parser.add_argument(
         "--scale", choices=SCALES,
         help="by the largest weight (absmax), searched for the least squared error (mse), or for that of the outputs "
         f"(output; needs --calibration) (default: {DEFAULT.scale}; with --calibration {CALIBRATED['scale']})",
@@ -119,7 +123,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if tokenizer is None:
             raise ValueError(f"{source.name}: no tokenizer beside the model to read {text.name}; name one: --tokenizer")
         count = CALIBRATION_TOKENS if tokens is None else tokens
-        windows = quantize.calibration_windows(text, tokenizer, source, count, at_most=tokens is None)
+        windows = quantize.calibration_windows(
+            text, tokenizer, source, count, at_most=tokens is None, seed=arguments.calibration_seed
+        )
     planned = quantize.make_plan(source, cfg, getattr(torch, arguments.dtype), windows)
     unfinished = out.with_name(f"{out.name}.unfinished")
     with _resumable(unfinished), quantize.new_folder(out) as folder:
@@ -185,6 +191,11 @@ def _config(arguments: argparse.Namespace) -> PoTConfig:
             raise ValueError(
                 "--calibration-tokens goes with --calibration FILE and must be at least 1, "
                 f"got {arguments.calibration_tokens}"
+            )
+        if arguments.calibration_seed is not None and (not calibrated or arguments.calibration_seed < 0):
+            raise ValueError(
+                "--calibration-seed goes with --calibration FILE and must be at least 0, "
+                f"got {arguments.calibration_seed}"
             )
         for name, option in (("scale", arguments.scale), ("rounding", arguments.rounding)):
             if option == CALIBRATED[name] and not calibrated:

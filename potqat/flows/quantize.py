@@ -116,12 +116,20 @@ def _packed_bytes(site: Site) -> int:
 
 
 def calibration_windows(
-    path: Path, tokenizer: PreTrainedTokenizerBase, source: sources.Source, tokens: int, *, at_most: bool = False
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    source: sources.Source,
+    tokens: int,
+    *,
+    at_most: bool = False,
+    seed: int | None = None,
 ) -> list[torch.Tensor]:
     """Evenly spaced windows of a text, int64 [B, T] each, with ``tokens`` tokens in all (a multiple of T, rounded up).
 
     Args:
         at_most: take what there is of a shorter text.
+        seed: another sample, to see what the choice of tokens does to a result: the text is cut into as many equal
+            parts, and a window is drawn from each. In a text hardly longer than the windows, samples are alike.
 
     Raises:
         OSError: the text cannot be read.
@@ -138,6 +146,15 @@ def calibration_windows(
             f"{count * context}; give a longer text"
         )
     starts = torch.linspace(0, len(ids) - context, count, dtype=torch.float64).long()
+    if seed is not None:
+        part = len(ids) // count
+        if part == context:
+            raise ValueError(
+                f"{path.name}: has {len(ids)} tokens, and {count} calibration windows of {context} leave nothing to "
+                "draw from; give a longer text, or ask for fewer tokens"
+            )
+        shifts = torch.randint(part - context + 1, (count,), generator=torch.Generator().manual_seed(seed))
+        starts = torch.arange(count) * part + shifts
     return list(torch.tensor(ids)[starts[:, None] + torch.arange(context)].split(BATCH))
 
 
