@@ -308,7 +308,7 @@ def test_a_calibration_seed_draws_a_window_from_each_part_of_the_text(at, tmp_pa
     assert (drawn[0] != drawn[1]).any(1).sum() >= 4
     assert torch.equal(drawn[1], torch.cat(windows_of(300, seed=1)))
     (tmp_path / "tight.txt").write_text(tokenizer.decode(ids[:CONTEXT]))
-    with pytest.raises(ValueError, match="tight.txt: has 64 tokens, and 1 calibration windows of 64 leave nothing to"):
+    with pytest.raises(ValueError, match=r"tight.txt: has 64 tokens, and 1 calibration windows of 64 leave nothing to"):
         quantize.calibration_windows(tmp_path / "tight.txt", tokenizer, source, 64, seed=0)
     command = ["quantize", at.gpt2, "--calibration", at.text, "--calibration-tokens", 300, "--out"]
     for name, seed in (("a", []), ("b", ["--calibration-seed", 0]), ("c", ["--calibration-seed", 0])):
