@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +71,11 @@ def add(verbs) -> None:
         f"needs --calibration) (default: {DEFAULT.rounding}; with --calibration {CALIBRATED['rounding']})",
     )  # fmt: skip
     parser.add_argument(
+        "--target-loss", type=float, metavar="X",
+        help="choose grid and granularity of each layer: the fewest bytes, from what --grid and --granularity say on, "
+        "whose predicted loss is at most X nats a token more; needs --calibration (default: the same for all layers)",
+    )  # fmt: skip
+    parser.add_argument(
         "--activations", choices=(DEFAULT.activations, FLOAT), default=DEFAULT.activations,
         help="what the linear layers compute with (default: %(default)s)",
     )  # fmt: skip
@@ -104,9 +112,13 @@ def _run(arguments: argparse.Namespace) -> int:
         raise Usage(f"--out {out}: exists and is not an empty folder; name a new one")
     import torch
 
-    from potqat.flows import quantize, sources
+    from potqat.flows import mixed, mixed_plot, quantize, results, sources
     from potqat.flows.text import read_text
 
+    target = arguments.target_loss
+    if target is not None:
+        mixed.candidates(cfg)
+        results.require_matplotlib(f"{out.name}.mixed.png")
     text, tokens = arguments.calibration, arguments.calibration_tokens
     if text is not None:
         read_text(text)  # what is wrong with it is said before anything else is read
@@ -126,22 +138,35 @@ def _run(arguments: argparse.Namespace) -> int:
         windows = quantize.calibration_windows(
             text, tokenizer, source, count, at_most=tokens is None, seed=arguments.calibration_seed
         )
+    if target is not None:
+        windows, sensing, checking = mixed.split_windows(windows)
     planned = quantize.make_plan(source, cfg, getattr(torch, arguments.dtype), windows)
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    with _resumable(unfinished), quantize.new_folder(out) as folder:
+    unfinished, sensed = (out.with_name(f"{out.name}.{name}") for name in ("unfinished", "sensitivity"))
+    with _resumable(unfinished, sensed), quantize.new_folder(out) as folder:
         print(
             f"{source.name}: {planned.float_bytes:,} bytes in {arguments.dtype}, {planned.packed_bytes:,} packed; "
             f"quantizing takes about {_size(planned.peak_bytes)} of memory",
             file=sys.stderr,
         )
+        if target is not None:
+            planned, layers, chosen = mixed.decide(planned, sensing, target, sensed)
         report, size = quantize.run(planned, folder, tokenizer, unfinished)
+        if target is not None:
+            models = sources.load(sources.find(str(folder))), sources.load(source, planned.dtype)
+            outcome = mixed.outcome(layers, chosen, target, *models, checking)
+            results.write_json(out.with_name(f"{out.name}.mixed.json"), outcome)
+            mixed_plot.plot(out.with_name(f"{out.name}.mixed.png"), outcome)
+            shutil.rmtree(sensed)
     if arguments.json:
-        print(json.dumps(report.to_dict() | {"file_bytes": size, "float_bytes": planned.float_bytes}))
+        made = report.to_dict() | {"file_bytes": size, "float_bytes": planned.float_bytes}
+        print(json.dumps(made if target is None else made | {"mixed": outcome}))
         return 0
     for entry in report.skipped:
         print(f"left float: {entry.name} ({entry.reason})")
     for note in report.notes:
         print(f"note: {note}")
+    if target is not None:
+        print(_mixed(outcome))
     if tokenizer is None:
         print("note: no tokenizer beside this model; generate and eval will need --tokenizer")
     elements = planned.float_bytes / planned.dtype.itemsize
@@ -155,15 +180,31 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _resumable(unfinished: Path) -> Iterator[None]:
+def _resumable(*folders: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if not unfinished.exists():
+        kept = " and ".join(str(folder) for folder in folders if folder.exists())
+        if not kept:
             raise
         raise Stopped(
-            f"stopped; the layers that are finished are kept in {unfinished}; run the same command again to go on"
+            f"stopped; the layers that are finished are kept in {kept}; run the same command again to go on"
         ) from None
+
+
+def _mixed(outcome: dict) -> str:
+    counts = Counter(f"{c['chosen']['grid']} {c['chosen']['granularity']}" for c in outcome["layers"].values())
+    measured = outcome["measured"]
+    low, high = measured["kl_interval"]
+    lines = [
+        "chosen: " + ", ".join(f"{count} layers {name}" for name, count in counts.most_common()),
+        f"loss a token (KL from the float model): target {outcome['target']:.4f}, predicted "
+        f"{outcome['predicted']['loss']:.4f}, measured {measured['kl']:.4f} (95%: {low:.4f} to {high:.4f}) on "
+        f"{measured['windows']} windows that calibration did not see; cross-entropy {measured['loss_increase']:+.4f}",
+    ]
+    if low > outcome["target"]:
+        lines.append("note: measured above the target, for what layers add does not quite sum; ask for less, or accept")
+    return "\n".join(lines)
 
 
 def _size(count: int) -> str:
@@ -196,6 +237,10 @@ def _config(arguments: argparse.Namespace) -> PoTConfig:
             raise ValueError(
                 "--calibration-seed goes with --calibration FILE and must be at least 0, "
                 f"got {arguments.calibration_seed}"
+            )
+        if arguments.target_loss is not None and (not calibrated or not 0 < arguments.target_loss < math.inf):
+            raise ValueError(
+                f"--target-loss goes with --calibration FILE and must be above 0, got {arguments.target_loss}"
             )
         for name, option in (("scale", arguments.scale), ("rounding", arguments.rounding)):
             if option == CALIBRATED[name] and not calibrated:
