@@ -65,7 +65,51 @@ def results() -> str:
         *(f"| {name} | {f['milliseconds']:.1f} | {f['ratio']:.2f} |" for name, f in step["figures"].items()),
         "",
     ]
-    return "\n".join(lines + _footprint() + _kernels() + _decode())
+    return "\n".join(lines + _accuracy() + _footprint() + _kernels() + _decode())
+
+
+def _accuracy() -> list[str]:
+    report = json.loads((RESULTS / "accuracy.json").read_text(encoding="utf-8"))
+    settings, arms = report["settings"], report["arms"]
+    calibration, texts = settings["calibration"], settings["texts"]
+    first = next(iter(arms.values()))
+    names = ", ".join(f"the first {text['used']:,} tokens of {text['file']}" for text in texts)
+    lines = [
+        f"What 4 bits cost a model: {settings['model'].partition(' ')[0]} (its weights are the float reference), every "
+        "row a packed folder running through the kernels, int8 activations and embedding unless said otherwise, by "
+        "one command (`benchmarks/accuracy.py`). "
+        f"Perplexity as a ratio to float, KL from float in nats a token, and how often both rank the same token first, "
+        f"with 95% intervals, on {names} (context {settings['context']}, {first['texts'][0]['windows']} windows). "
+        f"Calibrated methods saw {calibration['tokens']:,} tokens of {calibration['text']}, and no row chose a setting "
+        "on these texts.",
+        "",
+        "| model | MB | bytes a weight | " + " | ".join(f"{text['file']}: ratio | KL | top-1" for text in texts) + " |",
+        "|---" * (3 + 3 * len(texts)) + "|",
+    ]
+    floats = " | ".join(f"1, perplexity {text['reference']['perplexity']:.2f} | | " for text in first["texts"])
+    lines.append(f"| float32 | {first['float32_bytes'] / 1e6:.1f} | 4 | {floats} |")
+    for arm in arms.values():
+        cells = [arm["label"], f"{arm['bytes'] / 1e6:.1f}", f"{arm['bytes_per_weight']:.3f}"]
+        for text in arm["texts"]:
+            for key, form in (("perplexity_ratio", ".3f"), ("kl", ".3f"), ("top1_agreement", ".1%")):
+                low, high = text["reference"][f"{key}_interval"]
+                cells.append(f"{text['reference'][key]:{form}} ({low:{form}} to {high:{form}})")
+        lines.append(f"| {' | '.join(cells)} |")
+    taken = [arm["quantize"] for arm in arms.values() if arm.get("calibrated") and not arm["quantize"]["resumed"]]
+    machine = first["machine"]
+    lines += [
+        "",
+        "Bytes a weight are those of the linear layers, scales included; MB are of the whole model. Methods: absmax, "
+        "mse and output choose scales (by the largest weight, by squared error of weights, of outputs) and round to "
+        "nearest; gptq compensates errors on output scales, which is the default of `--calibration`. A sample is "
+        f"another draw of the calibration text. {machine['cpu']}, {machine['isa']}, threads: {machine['threads']}.",
+    ]
+    if taken:
+        seconds, memory = max(t["cpu_seconds"] for t in taken), max(t["peak_bytes"] for t in taken)
+        lines[-1] += (
+            f" Calibrating took at most {seconds / 60:.1f} minutes of one CPU and {memory / 1e9:.1f} GB, all included."
+        )
+    return [*lines, ""]
 
 
 def _footprint() -> list[str]:

@@ -52,7 +52,7 @@ def test_committed_notebook_holds_nothing_that_changes_from_run_to_run(path):
 
 
 def test_all_notebooks_are_there():
-    assert [path.stem for path in NOTEBOOKS] == ["01_format", "02_nanogpt_qat", "03_gpt2_qat"]
+    assert [path.stem for path in NOTEBOOKS] == ["01_format", "02_nanogpt_qat", "03_gpt2_qat", "04_accuracy"]
 
 
 # ---- run.py -------------------------------------------------------------------------------------------------
