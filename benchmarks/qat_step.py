@@ -3,7 +3,7 @@
     python benchmarks/qat_step.py [--threads 2] [--rounds 40]
 
 The models take turns, step by step, on the same batch; the table gives the median time of each and the median of the
-step-by-step ratios to the float model. Model: the character-level GPT of ``potqat train``.
+step-by-step ratios to the float model. Model: the character-level GPT of ``potqat reproduce``.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    e = PRESETS["train"]
+    e = PRESETS["reproduce"]
     base = GPT(GPTConfig(vocab_size=VOCABULARY, block_size=e.context, n_layer=e.layers, n_head=e.heads, n_embd=e.width,
                          dropout=e.dropout, bias=False))  # fmt: skip
     ids = torch.randint(VOCABULARY, (e.batch, e.context + 1))

@@ -105,7 +105,7 @@ def _smoothing(
 
 def _calibrated(site: Site, inputs: calibrate.Inputs, smoothed: bool) -> tuple[PackedLinear, Entry]:
     cfg, weight = site.cfg, site.weight.detach()
-    importance = inputs.moment.diagonal().float() if cfg.scale == "output" else None
+    importance = inputs.moment.diagonal().float() if cfg.weighs_outputs else None
     scale = ops.compute_scale(weight, cfg, importance)
     source = weight
     if cfg.rounding == "gptq":
@@ -131,18 +131,22 @@ def _packed(site: Site, codes: torch.Tensor, scale: torch.Tensor, sqnr: float | 
 
 
 @contextmanager
-def restored_on_error(model: nn.Module, sites: list[Site]) -> Iterator[None]:
+def restored_on_error(model: nn.Module, sites: list[Site]) -> Iterator[Callable[[], None]]:
     """Eval mode while it lasts; afterwards every module is in the mode that it or its float form had, and after an
-    error the float modules are back."""
+    error the float modules are back. What it gives puts them back, too."""
     training = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     floats = {site.module for site in sites}
     places = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if m in floats]
-    model.eval()
-    try:
-        yield
-    except BaseException:
+
+    def put_back() -> None:
         for name, module in places:
             modules.put(model, name, module)
+
+    model.eval()
+    try:
+        yield put_back
+    except BaseException:
+        put_back()
         raise
     finally:
         for name, module in model.named_modules(remove_duplicate=False):

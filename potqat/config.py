@@ -34,14 +34,14 @@ class PoTConfig:
             at ``eps``; for granularity ``"tensor"``).
         rounding: ``"nearest"`` (ties to the larger magnitude), ``"log"`` (nearest in the log domain),
             ``"paper"`` (to an integer first, then ``log``), ``"gptq"`` (nearest, with error compensation along the
-            inputs; needs calibration data, so it is for ``quantize_``).
+            inputs; needs calibration data. Training starts from such weights and rounds to nearest from there).
         activations: ``"int8"`` (per token, symmetric, dynamic) or None (float activations).
         embedding_grid: grid of embeddings and of heads tied to them; None leaves them float.
         skip: module names or globs left float, matched on the whole path or on any segment of it.
         overrides: name or glob -> fields of this class that differ there; the last match wins.
         ste: gradient of fake-quantization: ``"clipped"`` passes where the weight is within the top level,
             ``"identity"`` passes everywhere (the papers).
-        scale_init: what a learned scale starts from: ``"absmax"`` or ``"mse"``.
+        scale_init: what a learned scale starts from: ``"absmax"``, ``"mse"`` or ``"output"`` (needs calibration data).
         eps: smallest scale under ``scale="paper"`` (the observer's floor in the papers' code).
 
     Raises:
@@ -74,7 +74,7 @@ class PoTConfig:
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("activations", self.activations, ("int8", None))
         _check_choice("ste", self.ste, STES)
-        _check_choice("scale_init", self.scale_init, ("absmax", "mse"))
+        _check_choice("scale_init", self.scale_init, ("absmax", "mse", "output"))
         if not self.eps > 0:
             raise ValueError(f"PoTConfig: eps must be positive, got {self.eps!r}")
         if isinstance(self.skip, str):
@@ -94,15 +94,20 @@ class PoTConfig:
         return 0 if isinstance(self.granularity, str) else self.granularity
 
     @property
+    def weighs_outputs(self) -> bool:
+        """Whether scales are found by the error of the outputs."""
+        return "output" in (self.scale, self.scale_init if self.scale == "learned" else None)
+
+    @property
     def needs_calibration(self) -> bool:
-        return self.scale == "output" or self.rounding == "gptq"
+        return self.weighs_outputs or self.rounding == "gptq"
 
     @property
     def without_calibration(self) -> PoTConfig:
         """The same for a weight without statistics of its inputs: least squared error, rounding to nearest."""
-        scale = "mse" if self.scale == "output" else self.scale
+        scale, init = ("mse" if method == "output" else method for method in (self.scale, self.scale_init))
         rounding = "nearest" if self.rounding == "gptq" else self.rounding
-        return dataclasses.replace(self, scale=scale, rounding=rounding)
+        return dataclasses.replace(self, scale=scale, scale_init=init, rounding=rounding)
 
     @property
     def level_rounding(self) -> str:

@@ -12,6 +12,20 @@ from potqat.config import PoTConfig
 PAPER_AVERAGING = 0.01
 
 
+def check_trainable(cfg: PoTConfig) -> None:
+    """Raise ValueError for a scale that training cannot follow."""
+    if cfg.scale == "output":
+        raise ValueError(
+            "scale='output' goes by calibration statistics, which change in training; train with scale='learned', and "
+            "scale_init='output' to start from it"
+        )
+    if cfg.rounding == "gptq" and cfg.scale != "learned":
+        raise ValueError(
+            f"rounding='gptq' compensates for one scale, and scale={cfg.scale!r} moves with the weight in training; "
+            "train with scale='learned'"
+        )
+
+
 class PoTFakeQuantize(nn.Module):
     """Quantizes a weight [N, K] to the grid and back, with a straight-through gradient.
 
@@ -22,20 +36,24 @@ class PoTFakeQuantize(nn.Module):
         weight: the weight that will be quantized; a learned or averaged scale starts from it.
         cfg: the resolved configuration of this weight.
         name: module path, for errors.
+        scale: float32 [G, N], what a learned scale starts from; None: found as ``cfg.scale_init`` says.
 
     Raises:
-        ValueError: the weight holds NaN or infinity, or its shape cannot be quantized.
+        ValueError: the weight holds NaN or infinity, its shape cannot be quantized, or ``cfg`` needs calibration.
     """
 
-    def __init__(self, weight: torch.Tensor, cfg: PoTConfig, name: str = "weight"):
+    def __init__(self, weight: torch.Tensor, cfg: PoTConfig, name: str = "weight", scale: torch.Tensor | None = None):
         super().__init__()
         self.cfg, self.name = cfg, name
-        if cfg.scale == "output":
-            raise ValueError("scale='output' needs calibration statistics; train with scale='learned' instead")
-        if cfg.rounding == "gptq":
-            raise ValueError("rounding='gptq' changes weights after training; train with rounding='nearest' instead")
+        check_trainable(cfg)
+        if cfg.needs_calibration:
+            raise ValueError(
+                "rounding='gptq' and scale_init='output' start training from calibrated weights; call "
+                "prepare_qat_(model, cfg, calibration=[int64 [B, T] token ids, ...]), or train with rounding='nearest'"
+            )
         self.enabled = True
-        scale = ops.compute_scale(weight, cfg)  # for all: refuses what cannot be quantized before training starts
+        if scale is None:
+            scale = ops.compute_scale(weight, cfg)  # for all: refuses what cannot be quantized before training starts
         if cfg.scale == "learned":
             if cfg.granularity == "tensor":
                 scale = scale[:1, :1]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from potqat import calibrate, calibrated, modules, ops
 from potqat.config import PoTConfig
-from potqat.fake_quant import PoTFakeQuantize
+from potqat.fake_quant import PoTFakeQuantize, check_trainable
 from potqat.modules import (
     Packed,
     PackedEmbedding,
@@ -68,8 +68,7 @@ def quantize_(
     check_packable(sites)
     check_calibration(sites, calibration is not None)
     if calibration is None:
-        if unfinished is not None:
-            raise ValueError("potqat: unfinished keeps calibrated layers; give calibration, too")
+        _check_unfinished(unfinished)
         report = _replace(model, sites, _fake_quant, packed=True)
         report.notes += poor_without_calibration(sites)
     else:
@@ -83,17 +82,62 @@ def quantize_(
     return report
 
 
-def prepare_qat_(model: nn.Module, cfg: PoTConfig) -> Report:
+def prepare_qat_(
+    model: nn.Module,
+    cfg: PoTConfig,
+    calibration: Iterable[torch.Tensor] | None = None,
+    *,
+    unfinished: str | os.PathLike | None = None,
+) -> Report:
     """Eager QAT: replace every Linear, Conv1D and Embedding by a twin that fake-quantizes its weight, in place.
 
     Parameters keep their identity (an optimizer made before stays valid, except for learned scales, which are new
     parameters named ``*.weight_fake_quant.log2_scale``). Train as before, then ``convert_``.
 
+    Args:
+        calibration, unfinished: as ``quantize_``, for ``scale="learned"`` with ``scale_init="output"``,
+            ``rounding="gptq"`` or both: the weights of linear layers become those that ``quantize_`` would pack, in
+            place, and their scales start from its. From there on rounding is to nearest, and the modules are those of
+            ``prepare_qat_(model, cfg.without_calibration)``, into which a state_dict of them loads.
+
     Raises:
-        ValueError: as ``quantize_``; any grid is allowed.
+        ValueError, OSError: as ``quantize_``; any grid is allowed without calibration.
     """
     sites = plan(model, cfg)
-    return _replace(model, sites, _fake_quant, packed=False)
+    for site in sites:
+        if site.cfg is not None:
+            _naming(site, check_trainable, site.cfg)
+    check_calibration(sites, calibration is not None)
+    if calibration is None:
+        _check_unfinished(unfinished)
+        return _replace(model, sites, _fake_quant, packed=False)
+    check_packable(sites)
+    batches = calibrate.check_batches(calibration)
+    kept = None if unfinished is None else Unfinished(Path(unfinished), work_hash(model, cfg, batches))
+    with calibrated.restored_on_error(model, sites) as put_back:
+        found = _replace_calibrated(model, sites, batches, kept)
+        layers, _, _ = calibrated.split(sites)
+        starts = {site.name: model.get_submodule(site.name) for site in layers.values()}
+        put_back()
+    sites = [site if site.cfg is None else replace(site, cfg=site.cfg.without_calibration) for site in sites]
+
+    def fake_quant(site: Site) -> PoTFakeQuantize:
+        start = starts.get(site.name)
+        if start is None:
+            return _fake_quant(site)
+        new = PoTFakeQuantize(site.weight, site.cfg, site.name, start.scale)
+        with torch.no_grad():
+            # Its scale, kept as log2, may differ in the last bit, and level * scale / scale is not always level: the
+            # next number towards 0 is within the top level, where weights get a gradient.
+            site.weight.copy_(torch.nextafter(new(start.dequantize()), torch.zeros(())))
+        return new
+
+    report = _replace(model, sites, fake_quant, packed=False)
+    report.entries = [_with_calibration(*pair) for pair in zip(report.entries, found.entries, strict=True)]
+    report.notes += found.notes
+    if kept is not None:
+        kept.remove()
+    return report
 
 
 def convert_(model: nn.Module) -> Report:
@@ -117,6 +161,19 @@ def convert_(model: nn.Module) -> Report:
     _tell_transformers(model)
     model.eval()
     return report
+
+
+def _check_unfinished(unfinished: str | os.PathLike | None) -> None:
+    if unfinished is not None:
+        raise ValueError("potqat: unfinished keeps calibrated layers; give calibration, too")
+
+
+def _with_calibration(entry: Entry, found: Entry) -> Entry:
+    """The entry of a QAT module with the errors that its start has against the float weight."""
+    return replace(
+        entry, sqnr_db=found.sqnr_db, method=found.method, output_error=found.output_error,
+        output_error_nearest=found.output_error_nearest,
+    )  # fmt: skip
 
 
 def _replace_calibrated(

@@ -1,6 +1,7 @@
 """Calibration: which inputs a layer is shown, in which order, in how much memory; and quantize_ with it."""
 
 import copy
+import dataclasses
 import gc
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch import nn
 
 import potqat
 from potqat import PoTConfig, calibrate, gptq
+from potqat.fake_quant import PoTFakeQuantize
 from potqat.models.gpt import GPT, GPTConfig
 from potqat.modules import PackedEmbedding, PackedLinear, TiedLinear
 
@@ -356,12 +358,87 @@ def assert_untouched(model, before):
     assert not any("forward" in m.__dict__ or m._forward_pre_hooks for m in model.modules())
 
 
-def test_training_refuses_what_needs_calibration():
-    for cfg, message in ((PoTConfig(rounding="gptq"), "after training"), (CFG, "needs calibration statistics")):
+# ---- Training from calibrated weights -----------------------------------------------------------------------
+
+START = PoTConfig(scale="learned", scale_init="output", rounding="gptq")
+
+
+def test_training_refuses_what_it_cannot_start_from():
+    for cfg, data, message in (
+        (START, None, "needs calibration data"),
+        (PoTConfig(scale="learned", scale_init="output"), None, "needs calibration data"),
+        (PoTConfig(scale="learned"), batches(), "calibration is given, and nothing uses it"),
+        (CFG, batches(), "scale='output' goes by calibration statistics, which change in training"),
+        (PoTConfig(rounding="gptq"), batches(), "scale='absmax' moves with the weight in training"),
+    ):
         model = make("own")
         with pytest.raises(ValueError, match=message):
-            potqat.prepare_qat_(model, cfg)
+            potqat.prepare_qat_(model, cfg, calibration=data)
         assert isinstance(model.lm_head, nn.Linear)
+    with pytest.raises(ValueError, match=r"start training from calibrated weights; call prepare_qat_\(model, cfg, "):
+        PoTFakeQuantize(torch.ones(4, 32), START)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grid", ["pot4", "e2m1", "int4"])
+def test_training_starts_from_what_quantize_packs(kind, grid):
+    """Before a step the QAT model is the packed one; all weights get a gradient; it converts to the same codes."""
+    cfg, data = dataclasses.replace(START, grid=grid, granularity=32), batches()
+    model, packed = make(kind).train(), make(kind)
+    parameters = dict(model.named_parameters())
+    report = potqat.prepare_qat_(model, cfg, calibration=data)
+    expected = potqat.quantize_(packed, dataclasses.replace(cfg, scale="output"), calibration=data)
+    errors = [{e.name: e.output_error for e in r.entries if e.output_error is not None} for r in (report, expected)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-2)  # sums may differ in their last bits, and a level with them
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters() if name in parameters)
+    assert all(module.training for module in model.modules())
+    masters = {}
+    for name in linears(make(kind)):
+        twin, weight = model.get_submodule(name), packed.get_submodule(name).dequantize()
+        assert twin.weight_fake_quant.cfg == dataclasses.replace(cfg, rounding="nearest", scale_init="mse")
+        master = twin.weight.t() if twin.weight.shape != weight.shape or kind == "gpt2" else twin.weight
+        assert torch.isclose(master, weight, rtol=1e-6, atol=0).float().mean() > 0.99
+        fake = twin.weight_fake_quant(master)
+        torch.testing.assert_close(fake, master, rtol=2e-7, atol=0)
+        (gradient,) = torch.autograd.grad(fake.sum(), twin.weight)
+        assert (gradient == 1).all()
+        masters[name] = master.detach()
+    potqat.convert_(model)
+    for name, master in masters.items():
+        torch.testing.assert_close(model.get_submodule(name).dequantize(), master, rtol=2e-7, atol=0)
+
+
+def test_a_calibrated_state_loads_into_a_model_prepared_without_calibration():
+    model, again = make("gpt2"), make("gpt2")
+    potqat.prepare_qat_(model, START, calibration=batches())
+    potqat.prepare_qat_(again, START.without_calibration)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model, batches()[0]), logits(again, batches()[0]))
+
+
+def test_a_calibrated_preparation_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    model, once, folder = make("llama").train(), make("llama").train(), tmp_path / "unfinished"
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    potqat.prepare_qat_(once, START, calibration=batches())
+    count, compensate = 0, gptq.compensate
+
+    def stopping(*arguments):
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise KeyboardInterrupt
+        return compensate(*arguments)
+
+    monkeypatch.setattr(gptq, "compensate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        potqat.prepare_qat_(model, START, calibration=batches(), unfinished=folder)
+    assert_untouched(model, before)
+    assert model.training
+    potqat.prepare_qat_(model, START, calibration=batches(), unfinished=folder)
+    assert count == 6 + 10  # of 15, the first 5 were kept
+    assert not folder.exists()
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in once.state_dict().items())
 
 
 @pytest.mark.parametrize(

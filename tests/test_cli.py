@@ -35,7 +35,7 @@ def failure(capsys, arguments, status):
 def test_help_and_version(capsys):
     assert main(["--help"]) == 0
     assert main(["demo", "--help"]) == 0
-    assert main(["train", "--help"]) == 0
+    assert main(["reproduce", "--help"]) == 0
     out = capsys.readouterr().out
     assert out.count("example: potqat") == 3
     assert main(["--version"]) == 0
@@ -48,7 +48,7 @@ def test_python_dash_m():
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["dance"], ["demo", "--seed", "x"], ["demo", "--layers", "2"], ["train", "--qat", "other"]]
+    "arguments", [[], ["dance"], ["demo", "--seed", "x"], ["demo", "--layers", "2"], ["reproduce", "--qat", "other"]]
 )
 def test_wrong_usage_exits_2(capsys, arguments):
     assert main(arguments) == 2
@@ -65,12 +65,12 @@ def test_wrong_usage_exits_2(capsys, arguments):
     ],
 )
 def test_arguments_without_a_meaning_exit_2(capsys, tmp_path, arguments, message):
-    assert message in failure(capsys, ["train", "--out", tmp_path, *arguments], 2)
+    assert message in failure(capsys, ["reproduce", "--out", tmp_path, *arguments], 2)
     assert not list(tmp_path.iterdir())
 
 
 def test_json_on_stdout_and_progress_on_stderr(capsys, text, tmp_path, one_thread):
-    assert main(["train", *TINY, "--data", str(text), "--out", str(tmp_path / "out"), "--json"]) == 0
+    assert main(["reproduce", *TINY, "--data", str(text), "--out", str(tmp_path / "out"), "--json"]) == 0
     out, err = capsys.readouterr()
     metrics = json.loads(out)
     assert [row["name"] for row in metrics["rows"]] == ["float", "control", "pot4-ptq", "pot4-qat"]
@@ -78,7 +78,7 @@ def test_json_on_stdout_and_progress_on_stderr(capsys, text, tmp_path, one_threa
 
 
 def test_the_table_and_samples_are_printed(capsys, text, tmp_path, one_thread):
-    assert main(["train", *TINY, "--data", str(text), "--out", str(tmp_path / "out")]) == 0
+    assert main(["reproduce", *TINY, "--data", str(text), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert (tmp_path / "out" / "table.txt").read_text() in out
     assert (tmp_path / "out" / "samples.txt").read_text() in out
@@ -103,12 +103,12 @@ def test_bad_text_is_one_line(capsys, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_line(capsys, text):
     for out in (text, text / "out"):
-        line = failure(capsys, ["train", *TINY, "--data", text, "--out", out], 1)
+        line = failure(capsys, ["reproduce", *TINY, "--data", text, "--out", out], 1)
         assert f"{out}: cannot write results there: Not a directory; choose another folder" in line
 
 
 def test_a_folder_with_another_run_is_one_line(capsys, text, tmp_path, one_thread):
-    command = ["train", *TINY, "--data", text, "--out", tmp_path / "out"]
+    command = ["reproduce", *TINY, "--data", text, "--out", tmp_path / "out"]
     assert main([str(argument) for argument in command]) == 0
     capsys.readouterr()
     assert "holds a run with seed=0, and this one has 3; choose another" in failure(capsys, [*command, "--seed=3"], 1)
@@ -118,7 +118,7 @@ def test_a_folder_with_another_run_is_one_line(capsys, text, tmp_path, one_threa
 
 
 def test_heads_that_do_not_divide_the_width_are_one_line(capsys, text, tmp_path):
-    line = failure(capsys, ["train", "--heads=3", "--data", text, "--out", tmp_path / "out"], 1)
+    line = failure(capsys, ["reproduce", "--heads=3", "--data", text, "--out", tmp_path / "out"], 1)
     assert "n_head must divide n_embd, got 3 and 128" in line
 
 
@@ -151,7 +151,7 @@ def test_verbs_import_what_they_need_when_they_run():
 def test_every_verb_has_an_example(capsys):
     assert main(["--help"]) == 0
     verbs = re.findall(r"^    (\w+)  ", capsys.readouterr().out, re.MULTILINE)
-    assert {"demo", "train", "inspect", "doctor"} <= set(verbs)
+    assert {"demo", "reproduce", "train", "inspect", "doctor"} <= set(verbs)
     for verb in verbs:
         assert main([verb, "--help"]) == 0
         assert f"example: potqat {verb}" in capsys.readouterr().out

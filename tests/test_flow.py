@@ -18,7 +18,7 @@ import potqat
 from potqat.cli import main
 from potqat.flows.experiment import ARMS, PRESETS, Experiment
 from potqat.flows.text import load_text, split_text
-from potqat.flows.trainer import Interrupted, Phase, train
+from potqat.flows.trainer import Interrupted, Phase, cross_entropy, train
 from potqat.metrics import evaluate, tokens_per_second
 from potqat.models.gpt import GPT, GPTConfig
 
@@ -131,14 +131,17 @@ def trained(path, config=None, stop_at=None, phase=PHASE, prepare=eager):
     if config is not None:
         model = prepare(model, config)
 
-    def batch_at(i):
+    def batches_at(i):
         if i == stop_at:
             stop.set()
-        return text.at("train", torch.arange(4) * 50 + 7 * i, 16)
+        return [text.at("train", torch.arange(4) * 50 + 7 * i, 16)]
 
     with tqdm(total=phase.iterations, disable=True) as bar:
-        curve = train(model, phase, batch_at, lambda m: {"val": evaluate(m, windows).loss}, path, bar, stop)
-    return model.state_dict(), curve
+        done = train(
+            model, phase, batches_at, cross_entropy, lambda m: {"val": evaluate(m, windows).loss}, path, bar, stop
+        )
+    assert len(done.losses) == phase.iterations
+    return model.state_dict(), done.curve
 
 
 @pytest.mark.parametrize(("arm", "prepare"), [(None, eager), *((arm, eager) for arm in ARMS), ("pot4", pt2e)])
@@ -172,8 +175,8 @@ def test_training_leaves_the_global_generator_alone(tmp_path):
     model, text = small_model(split_text("words", WORDS, 16)), split_text("words", WORDS, 16)
     torch.manual_seed(3)
     with tqdm(total=25, disable=True) as bar:
-        train(model, PHASE, lambda i: text.at("train", torch.arange(4), 16), lambda m: {}, tmp_path / "s.pt", bar,
-              threading.Event())  # fmt: skip
+        train(model, PHASE, lambda i: [text.at("train", torch.arange(4), 16)], cross_entropy, lambda m: {},
+              tmp_path / "s.pt", bar, threading.Event())  # fmt: skip
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -220,7 +223,7 @@ def words(tmp_path_factory):
 def run(words, tmp_path_factory):
     """(folder, metrics) of one tiny run of all arms through the command line."""
     out, threads = tmp_path_factory.mktemp("run"), torch.get_num_threads()
-    assert main(["train", *TINY, "--data", str(words), "--out", str(out)]) == 0
+    assert main(["reproduce", *TINY, "--data", str(words), "--out", str(out)]) == 0
     torch.set_num_threads(threads)
     return out, json.loads((out / "metrics.json").read_text())
 
@@ -297,7 +300,7 @@ def test_samples_stand_side_by_side_from_the_same_start(run, words):
 def test_the_same_seed_gives_the_same_result_and_another_seed_another(run, words, tmp_path, one_thread):
     _, metrics = run
     for seed in (0, 1):
-        arguments = ["train", *TINY, f"--seed={seed}", "--arms=pot4", "--data", str(words), "--out"]
+        arguments = ["reproduce", *TINY, f"--seed={seed}", "--arms=pot4", "--data", str(words), "--out"]
         assert main([*arguments, str(tmp_path / str(seed))]) == 0
         again = json.loads((tmp_path / str(seed) / "metrics.json").read_text())
         same = again["curves"]["pot4"] == metrics["curves"]["pot4"] and outcome(again)[0][-1] == outcome(metrics)[0][-1]
@@ -308,7 +311,7 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another(run, words
 def test_a_killed_run_goes_on_to_the_same_result(run, words, tmp_path, one_thread, how):
     """Ctrl-C saves at once and says how to go on; after a hard kill the last saved state counts."""
     _, metrics = run
-    arguments = ["train", *TINY, "--data", str(words), "--out", str(tmp_path)]
+    arguments = ["reproduce", *TINY, "--data", str(words), "--out", str(tmp_path)]
     command = [sys.executable, "-m", "potqat", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "state" / "int4-paper.pt").exists():
@@ -327,7 +330,7 @@ def test_a_killed_run_goes_on_to_the_same_result(run, words, tmp_path, one_threa
 
 
 def test_arms_can_be_added_to_a_finished_run(words, tmp_path, one_thread):
-    arguments = ["train", *TINY, "--data", str(words), "--out", str(tmp_path), "--arms"]
+    arguments = ["reproduce", *TINY, "--data", str(words), "--out", str(tmp_path), "--arms"]
     assert main([*arguments, "int4"]) == 0
     before = (tmp_path / "state" / "float.pt").stat().st_mtime_ns
     assert main([*arguments, "int4,pot4"]) == 0
@@ -338,7 +341,16 @@ def test_arms_can_be_added_to_a_finished_run(words, tmp_path, one_thread):
 
 def test_pt2e_trains_to_the_losses_of_eager(run, words, tmp_path, one_thread):
     _, metrics = run
-    arguments = ["train", *TINY, "--qat=pt2e", "--arms=pot4-paper,pot4", "--data", str(words), "--out", str(tmp_path)]
+    arguments = [
+        "reproduce",
+        *TINY,
+        "--qat=pt2e",
+        "--arms=pot4-paper,pot4",
+        "--data",
+        str(words),
+        "--out",
+        str(tmp_path),
+    ]
     assert main(arguments) == 0
     eager = {row["name"]: row for row in metrics["rows"]}
     for row in json.loads((tmp_path / "metrics.json").read_text())["rows"]:
@@ -350,7 +362,7 @@ def test_presets_are_the_papers_model():
         shape = (experiment.layers, experiment.heads, experiment.width, experiment.context, experiment.batch)
         assert shape == (4, 4, 128, 64, 12)
         assert experiment.dropout == 0.2
-    assert (PRESETS["train"].float_iterations, PRESETS["train"].total_iterations) == (15_000, 22_500)
+    assert (PRESETS["reproduce"].float_iterations, PRESETS["train"].total_iterations) == (15_000, 22_500)
 
 
 @pytest.mark.parametrize("change", [{"layers": 0}, {"arms": ("pot5",)}, {"total_iterations": 15_000}, {"qat": "no"}])

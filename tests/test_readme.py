@@ -54,7 +54,7 @@ def test_commands_and_python_blocks_run_in_order(workplace, capsys, one_thread):
                 capsys.readouterr()
                 assert main(arguments) == 0, line
                 printed[arguments[0]] = capsys.readouterr().out
-    assert list(printed) == ["quantize", "generate", "eval", "inspect", "bench", "doctor"]
+    assert list(printed) == ["quantize", "generate", "eval", "inspect", "bench", "doctor", "train"]
     assert "11 layers quantized, 0 left float." in printed["quantize"]
     assert printed["generate"].startswith("The water cycle")
     assert re.match(r"perplexity \d+\.\d+ .* on text\.txt: first 4,096 of [\d,]+ tokens, context 512", printed["eval"])
@@ -62,7 +62,9 @@ def test_commands_and_python_blocks_run_in_order(workplace, capsys, one_thread):
     assert re.search(r"potqat pot4 +\d", printed["bench"])
     assert "equal bit for bit" in printed["doctor"]
     assert "11 quantized, 0 skipped" in capsys.readouterr().out
-    assert {path.name for path in workplace.iterdir()} == {"gpt2", "gpt2-e2m1", "gpt2-trained", "packed", "text.txt"}
+    assert {path.name for path in workplace.iterdir()} == {
+        "gpt2", "gpt2-e2m1", "gpt2-qat", "gpt2-trained", "packed", "text.txt",
+    }  # fmt: skip
 
 
 def test_the_map_is_complete():

@@ -18,9 +18,9 @@ import sys
 from collections.abc import Sequence
 
 import potqat
-from potqat.cli import bench, doctor, errors, evaluate, experiment, generate, inspect, quantize
+from potqat.cli import bench, doctor, errors, evaluate, experiment, generate, inspect, quantize, train
 
-VERBS = (experiment, quantize, generate, evaluate, inspect, bench, doctor)  # in the order of --help
+VERBS = (experiment, quantize, train, generate, evaluate, inspect, bench, doctor)  # in the order of --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""``potqat demo`` and ``potqat train``: the papers' character-level experiment, short and at full length."""
+"""``potqat demo`` and ``potqat reproduce``: the papers' character-level experiment, short and at full length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from potqat.flows.experiment import ARMS, PRESETS, Experiment
 
 def add(verbs) -> None:
     _add_demo(verbs)
-    _add_train(verbs)
+    _add_reproduce(verbs)
 
 
 def _add_demo(verbs) -> None:
@@ -30,16 +30,16 @@ def _add_demo(verbs) -> None:
     _add_common(parser, "demo")
 
 
-def _add_train(verbs) -> None:
-    preset = PRESETS["train"]
+def _add_reproduce(verbs) -> None:
+    preset = PRESETS["reproduce"]
     parser = verbs.add_parser(
-        "train",
-        help="the same experiment at the papers' length",
+        "reproduce",
+        help="the papers' experiment at full length",
         description="The papers' character-level experiment at full length: "
         f"{preset.float_iterations:,} iterations in float, then every arm to {preset.total_iterations:,}.",
-        epilog="example: potqat train --data shakespeare.txt --out shakespeare --arms int4,pot4",
+        epilog="example: potqat reproduce --data shakespeare.txt --out shakespeare --arms int4,pot4",
     )
-    _add_common(parser, "train")
+    _add_common(parser, "reproduce")
     for name, what in (
         ("layers", "transformer blocks"),
         ("heads", "attention heads"),

@@ -89,7 +89,7 @@ class Experiment:
 
 
 PRESETS = {
-    "train": Experiment(),
+    "reproduce": Experiment(),
     "demo": Experiment(
         float_iterations=1000,
         total_iterations=1400,

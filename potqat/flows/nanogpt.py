@@ -8,7 +8,6 @@ on the packed model with int8 activations. Read ``run`` from top to bottom.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import threading
 from dataclasses import asdict, replace
@@ -27,7 +26,7 @@ from potqat.flows import results
 from potqat.flows.experiment import ARMS, Experiment
 from potqat.flows.results import Row
 from potqat.flows.text import Text, load_text
-from potqat.flows.trainer import Phase, stop_on_interrupt, train
+from potqat.flows.trainer import Phase, cross_entropy, stop_on_interrupt, train
 from potqat.metrics import evaluate, tokens_per_second
 from potqat.models.generate import generate
 from potqat.models.gpt import GPT, GPTConfig
@@ -63,7 +62,7 @@ def run(experiment: Experiment, out: str | Path, data: str | Path | None = None)
     out = Path(out)
     text = load_text(data, experiment.context)
     config = _model_config(experiment, text)
-    _open(out, {**experiment.fingerprint(), "text": text.sha256, "potqat": potqat.__version__})
+    results.open_run(out, {**experiment.fingerprint(), "text": text.sha256, "potqat": potqat.__version__})
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
@@ -97,24 +96,6 @@ def run(experiment: Experiment, out: str | Path, data: str | Path | None = None)
 
 
 # ---- Training -----------------------------------------------------------------------------------------------
-
-
-def _open(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, and refuse one that holds a run with other settings."""
-    path = out / "state" / "settings.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            results.write_json(path, settings)
-    except OSError as error:
-        raise type(error)(f"{out}: cannot write results there: {error.strerror}; choose another folder") from None
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for key in sorted(before.keys() | settings.keys()):
-        if before.get(key) != settings.get(key):
-            raise ValueError(
-                f"{out}: holds a run with {key}={before.get(key)!r}, and this one has {settings.get(key)!r}; "
-                "choose another folder or delete this one"
-            )
 
 
 def _model_config(experiment: Experiment, text: Text) -> GPTConfig:
@@ -162,13 +143,13 @@ def _train(
     )
     windows = {split: text.windows(split, context, CURVE_WINDOWS).to(experiment.device) for split in ("train", "val")}
 
-    def batch_at(i: int) -> torch.Tensor:
-        return text.at("train", starts[i], context).to(experiment.device)
+    def batches_at(i: int) -> list[torch.Tensor]:
+        return [text.at("train", starts[i], context).to(experiment.device)]
 
     def point(model: nn.Module) -> dict[str, float]:
         return {split: evaluate(model, part).loss for split, part in windows.items()}
 
-    return train(model, phase, batch_at, point, path, bar, stop)
+    return train(model, phase, batches_at, cross_entropy, point, path, bar, stop).curve
 
 
 # ---- Results ------------------------------------------------------------------------------------------------

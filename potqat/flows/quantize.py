@@ -145,17 +145,23 @@ def calibration_windows(
             f"{path.name}: the text has {len(ids)} tokens, and {count} calibration windows of {context} need "
             f"{count * context}; give a longer text"
         )
-    starts = torch.linspace(0, len(ids) - context, count, dtype=torch.float64).long()
-    if seed is not None:
-        part = len(ids) // count
-        if part == context:
-            raise ValueError(
-                f"{path.name}: has {len(ids)} tokens, and {count} calibration windows of {context} leave nothing to "
-                "draw from; give a longer text, or ask for fewer tokens"
-            )
-        shifts = torch.randint(part - context + 1, (count,), generator=torch.Generator().manual_seed(seed))
-        starts = torch.arange(count) * part + shifts
+    if seed is None:
+        return list(spread(torch.tensor(ids), count, context).split(BATCH))
+    part = len(ids) // count
+    if part == context:
+        raise ValueError(
+            f"{path.name}: has {len(ids)} tokens, and {count} calibration windows of {context} leave nothing to "
+            "draw from; give a longer text, or ask for fewer tokens"
+        )
+    shifts = torch.randint(part - context + 1, (count,), generator=torch.Generator().manual_seed(seed))
+    starts = torch.arange(count) * part + shifts
     return list(torch.tensor(ids)[starts[:, None] + torch.arange(context)].split(BATCH))
+
+
+def spread(tokens: torch.Tensor, count: int, context: int) -> torch.Tensor:
+    """``count`` evenly spaced windows of int64 [L]: int64 [count, context]."""
+    starts = torch.linspace(0, len(tokens) - context, count, dtype=torch.float64).long()
+    return tokens[starts[:, None] + torch.arange(context)]
 
 
 @contextmanager
@@ -205,9 +211,18 @@ def run(
         raise ValueError(
             f"{planned.source.name}: packed it does not run ({error}); name with --skip what its code reads by itself"
         ) from error
+    return report, write_model(model, tokenizer, folder)
+
+
+def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> int:
+    """Write a packed model and its tokenizer; returns the bytes of the model's files.
+
+    Raises:
+        OSError: writing failed.
+    """
     try:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        return report, potqat.save(model, folder)
+        return potqat.save(model, folder)
     except Exception as error:  # of a full disk tokenizers and safetensors say it with types of their own
         raise OSError(f"{folder.parent}: cannot write a folder there: {error}; make room or name another") from error

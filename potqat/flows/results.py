@@ -172,6 +172,29 @@ def side_by_side(samples: list[tuple[str, str]]) -> str:
     return "\n".join(" | ".join(f"{cell:<{COLUMN}}" for cell in row).rstrip() for row in rows)
 
 
+def open_run(out: Path, settings: dict[str, Any]) -> None:
+    """Make the folder of a run that can be resumed, and refuse one that holds a run with other settings (JSON-ready).
+
+    Raises:
+        ValueError: names the first setting that differs.
+        OSError: the folder cannot be written.
+    """
+    path, settings = out / "state" / "settings.json", json.loads(json.dumps(settings))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_json(path, settings)
+    except OSError as error:
+        raise type(error)(f"{out}: cannot write results there: {error.strerror}; choose another folder") from None
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for key in sorted(before.keys() | settings.keys()):
+        if before.get(key) != settings.get(key):
+            raise ValueError(
+                f"{out}: holds a run with {key}={before.get(key)!r}, and this one has {settings.get(key)!r}; "
+                "choose another folder or delete this one"
+            )
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON so that a reader never sees half of it."""
     temporary = path.with_suffix(".tmp")

@@ -1,0 +1,271 @@
+"""Train a pretrained model through the quantizer, starting from calibrated weights; resumable. Read ``run`` from top to
+bottom.
+
+The text's tokens are split by position: training and calibration see the first part, every figure is of the held-out
+end. At the end the model is packed, written, read back, and measured on the kernels it will run on, beside the float
+model and, where asked for, beside a float control: the same model trained in float on the same windows.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import potqat
+from potqat.flows import evaluate, losses, quantize, results, sources, training_plot
+from potqat.flows.recipe import Recipe
+from potqat.flows.text import tokenize
+from potqat.flows.trainer import Trained, stop_on_interrupt, train
+from potqat.models.gpt import GPTConfig
+from potqat.plan import check_packable, plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+QAT, CONTROL = "qat", "control"  # the two phases, as names of states and curves
+CURVE_TOKENS = 4096  # held-out tokens of a point of the curves, at most
+MEASURED_TOKENS = 32768  # held-out tokens of the final figures, at most
+
+
+@dataclass(frozen=True)
+class Data:
+    """A text as tokens: ``train`` and ``held_out`` are int64 [tokens], first and last part."""
+
+    name: str
+    sha256: str
+    train: torch.Tensor
+    held_out: torch.Tensor
+
+
+def load_data(path: Path, tokenizer: PreTrainedTokenizerBase, source: sources.Source, recipe: Recipe) -> Data:
+    """Tokenize a UTF-8 text and split it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is empty, not UTF-8, not for this tokenizer or model, or too short; or the context is longer than
+            the model's.
+    """
+    context = recipe.context
+    if context > source.max_context:
+        raise ValueError(f"context {context} is more than the {source.max_context} tokens this model takes; give less")
+    text, ids = tokenize(path, tokenizer, source.vocabulary)
+    tokens = torch.tensor(ids, dtype=torch.int64)
+    cut = round(len(tokens) * (1 - recipe.held_out))
+    for part, what in ((tokens[:cut], "training"), (tokens[cut:], "held-out")):
+        if len(part) < context + 1:
+            raise ValueError(
+                f"{path.name}: the text is too short: its {what} part holds {len(part)} tokens of {len(tokens)}, and "
+                f"one window of context {context} needs {context + 1}; give a longer text or a smaller context"
+            )
+    return Data(path.name, hashlib.sha256(text.encode()).hexdigest(), tokens[:cut], tokens[cut:])
+
+
+def run(
+    source: sources.Source,
+    cfg: potqat.PoTConfig,
+    recipe: Recipe,
+    data: Data,
+    out: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    control: bool = False,
+) -> dict[str, Any]:
+    """Train, or go on where a run in ``out`` stopped.
+
+    Leaves in ``out``: ``packed/`` (the model, with its tokenizer), metrics.json, training.png, and ``state/`` (what
+    resuming needs; delete it when no more is trained).
+
+    Args:
+        cfg: where it needs calibration, that is on ``recipe.calibration_tokens`` of ``data.train``.
+        control: train the float model, too.
+
+    Returns:
+        the content of metrics.json.
+
+    Raises:
+        ValueError: a model, configuration, recipe or state that cannot be trained, or ``out`` holds another run.
+        OSError: a file cannot be read or written.
+        potqat.flows.trainer.Interrupted: Ctrl-C while training; the same call goes on.
+    """
+    out = Path(out)
+    results.require_matplotlib("training.png")
+    _check(source, cfg, recipe, control)
+    settings = {"model": source.identity(), "text": data.sha256, "quantizer": cfg.to_dict(), **recipe.to_dict()}
+    results.open_run(out, settings | {"potqat": potqat.__version__})
+
+    teacher = _without_dropout(sources.load(source))
+    student, report = _start(teacher, cfg, recipe, data, out / "state")
+    models = {QAT: student} | ({CONTROL: copy.deepcopy(teacher)} if control else {})
+    trained: dict[str, Trained] = {}
+    progress = partial(tqdm, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5.0)
+    with stop_on_interrupt() as stop, progress(total=len(models) * recipe.steps, unit="step") as bar:
+        for name, model in models.items():
+            choose_parts(model, recipe.parts)
+            if recipe.checkpointing:
+                _enable_checkpointing(model)
+            trained[name] = train(
+                model, recipe.phase(name), _batches(data, recipe), losses.make(recipe, teacher),
+                _point(teacher, data, recipe), out / "state" / f"{name}.pt", bar, stop,
+            )  # fmt: skip
+
+    packed, size = _packed(student, tokenizer, out / "packed")
+    models[QAT] = packed
+    measured = _measured(models, teacher, data, recipe)
+    metrics = {
+        "model": source.name,
+        "text": {"name": data.name, "sha256": data.sha256, "train": len(data.train), "held_out": len(data.held_out)},
+        "quantizer": cfg.to_dict(),
+        "recipe": recipe.to_dict(),
+        "results": measured,
+        "file_bytes": size,
+        "curves": {name: done.curve for name, done in trained.items()},
+        "losses": {name: done.losses for name, done in trained.items()},
+        "start": report,
+        "machine": results.machine(),
+    }
+    training_plot.plot(out / "training.png", metrics)
+    results.write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def _check(source: sources.Source, cfg: potqat.PoTConfig, recipe: Recipe, control: bool) -> None:
+    """What can be told without the weights."""
+    check_packable(plan(sources.skeleton(source), cfg))
+    if recipe.checkpointing and isinstance(source.config, GPTConfig):
+        raise ValueError(f"{source.name}: gradient checkpointing is for Hugging Face models; train nanoGPT without it")
+    if control and recipe.loss == "kl":
+        raise ValueError(
+            "a float control of KL training is the float model itself, which the result stands beside already; "
+            "leave the control out, or train with loss ce or last"
+        )
+    if control and recipe.parts == "scales":
+        raise ValueError("a float control has no scales to train; leave it out, or train other parts")
+
+
+def _without_dropout(model: nn.Module) -> nn.Module:
+    """A trained model moves little in some hundred steps: dropout would only blur what it is compared with."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout"):  # that of GPT's attention, and of Hugging Face's
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+# ---- Training -----------------------------------------------------------------------------------------------
+
+
+def _start(
+    teacher: nn.Module, cfg: potqat.PoTConfig, recipe: Recipe, data: Data, state: Path
+) -> tuple[nn.Module, dict[str, Any]]:
+    """(a copy of the model with QAT modules, its Report as a dict), calibrated once for each folder."""
+    student, path = copy.deepcopy(teacher), state / "start.pt"
+    if path.exists():
+        start = torch.load(path, map_location="cpu", weights_only=True)
+        potqat.prepare_qat_(student, cfg.without_calibration)
+        student.load_state_dict(start["model"])
+        return student, start["report"]
+    if cfg.needs_calibration:
+        context = min(quantize.CONTEXT, recipe.context)
+        count = min(-(-recipe.calibration_tokens // context), len(data.train) // context)
+        windows = quantize.spread(data.train, count, context).split(quantize.BATCH)
+        report = potqat.prepare_qat_(student, cfg, windows, unfinished=state / "calibration")
+    else:
+        report = potqat.prepare_qat_(student, cfg)
+    start = {"model": student.state_dict(), "report": report.to_dict()}
+    potqat.checkpoint.write(path, lambda part: torch.save(start, part))
+    return student, start["report"]
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    """Of a Hugging Face model: transformers 5 renamed the method."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def choose_parts(model: nn.Module, parts: str) -> None:
+    """Let only ``parts`` (see Recipe) of a QAT or float model take gradients.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    of_tables = {id(p) for m in model.modules() if id(getattr(m, "weight", None)) in tables for p in m.parameters()}
+
+    def chosen(name: str, parameter: nn.Parameter) -> bool:
+        if parts == "all":
+            return True
+        if parts == "blocks":
+            return id(parameter) not in of_tables
+        return name.endswith("log2_scale") or (parts == "norms" and parameter.dim() < 2)
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(chosen(name, parameter))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameters of the parts {parts!r}; train others")
+
+
+def _batches(data: Data, recipe: Recipe) -> Callable[[int], list[torch.Tensor]]:
+    """Step -> ``accumulate`` batches of windows at random places, int64 [batch, context + 1]."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    starts = torch.randint(
+        len(data.train) - recipe.context, (recipe.steps, recipe.accumulate, recipe.batch, 1), generator=generator
+    )
+    return lambda step: list(data.train[starts[step] + torch.arange(recipe.context + 1)])
+
+
+def _point(teacher: nn.Module, data: Data, recipe: Recipe) -> Callable[[nn.Module], dict[str, float]]:
+    """A point of the curves: loss and KL to the float model on held-out windows, before packing."""
+    context = recipe.context
+    count = max(1, min(CURVE_TOKENS, len(data.held_out) - 1) // context)
+    windows = quantize.spread(data.held_out, count, context + 1)
+
+    @torch.no_grad()
+    def point(model: nn.Module) -> dict[str, float]:
+        model.eval()
+        sums = [losses.held_out(recipe, model, teacher, window[None]) for window in windows]
+        model.train()
+        loss, kl = (math.fsum(values) / count for values in zip(*sums, strict=True))
+        return {"val": loss, "kl": kl}
+
+    return point
+
+
+# ---- Results ------------------------------------------------------------------------------------------------
+
+
+def _packed(student: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> tuple[nn.Module, int]:
+    """The model as it will be used, read back from the folder that it was written to, and its bytes."""
+    potqat.convert_(student)
+    if folder.exists():
+        shutil.rmtree(folder)
+    with quantize.new_folder(folder) as part:
+        size = quantize.write_model(student, tokenizer, part)
+    return sources.load(sources.find(str(folder))), size
+
+
+def _measured(models: dict[str, nn.Module], teacher: nn.Module, data: Data, recipe: Recipe) -> dict[str, Any]:
+    """Perplexity on held-out text of each model beside the float one, and of the packed one beside the control."""
+    tokens = data.held_out[:MEASURED_TOKENS]
+    reference = sources.logits_of(teacher.eval())
+    found = {
+        name: evaluate.measure(sources.logits_of(model.eval()), tokens, recipe.context, reference=reference).to_dict()
+        for name, model in models.items()
+    }
+    if CONTROL in found:
+        found["ratio_to_control"] = math.exp(found[QAT]["loss"] - found[CONTROL]["loss"])
+    return found
