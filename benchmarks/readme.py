@@ -24,8 +24,8 @@ def results() -> str:
         "## Measured",
         "",
         f"The papers' character-level experiment on {char['text']['name']}, one command "
-        f"(`potqat reproduce --data {char['text']['name']}`, seed {e['seed']}): {e['float_iterations']:,} iterations in "
-        f"float, then every row to {e['total_iterations']:,} on the same batches. Loss in nats on "
+        f"(`potqat reproduce --data {char['text']['name']}`, seed {e['seed']}): {e['float_iterations']:,} iterations "
+        f"in float, then every row to {e['total_iterations']:,} on the same batches. Loss in nats on "
         f"{note['val_tokens']:,} validation characters, context {note['context']}, stride {note['stride']}; quantized "
         "rows are the packed 4-bit model running with int8 activations (9 levels, the papers' grid for this model, "
         "have no packed form: fake-quantized, float activations).",

@@ -23,7 +23,7 @@ NUMBERS = {
     "learning_rate": (float, "AdamW's for weights and norms, at its highest"),
     "final_learning_rate": (float, "the same at the end of the cosine"),
     "scale_learning_rate": (float, "the same for scales, relative to the scale"),
-    "warmup": (int, "steps until the highest"),
+    "warmup": (float, "share of the steps until the highest"),
     "calibration_tokens": (int, "tokens of the training text that the start is calibrated on"),
     "evaluate_every": (int, "steps from one saved state, and point of the curves, to the next"),
     "seed": (int, "same seed and threads, same result"),

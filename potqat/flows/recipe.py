@@ -27,7 +27,8 @@ class Recipe:
         parts: what is trained: ``"scales"`` (learned ones); ``"norms"``, these and every gain and bias; ``"blocks"``,
             all but the tables (embeddings, and heads tied to them) and their scales; ``"all"``.
         context, batch, accumulate: tokens of a window, windows a pass, passes a step.
-        learning_rate, final_learning_rate, scale_learning_rate, warmup, weight_decay, betas: as Phase has them.
+        learning_rate, final_learning_rate, scale_learning_rate, weight_decay, betas: as Phase has them.
+        warmup: share of the steps in which the learning rates rise.
         dtype: ``"bfloat16"`` runs both models under autocast; weights stay float32.
         checkpointing: keep only the blocks' inputs and compute the rest again for the gradient.
         calibration_tokens: of the training text, for the start; in windows of 256.
@@ -47,7 +48,7 @@ class Recipe:
     learning_rate: float = 1e-4
     final_learning_rate: float = 1e-5
     scale_learning_rate: float = 2e-3
-    warmup: int = 10
+    warmup: float = 0.05
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     dtype: str = "float32"
@@ -67,18 +68,18 @@ class Recipe:
         for name in ("learning_rate", "scale_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.warmup < self.steps:
-            raise ValueError(f"warmup must be in 0..steps - 1, got {self.warmup} of {self.steps} steps")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be a share of the steps, from 0 to below 1, got {self.warmup}")
         if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out must be a share between 0 and 1, got {self.held_out}")
+            raise ValueError(f"held_out must be a share of the text between 0 and 1, got {self.held_out}")
 
     def phase(self, name: str) -> Phase:
         """The one phase of training."""
         return Phase(
             name=name, start=0, iterations=self.steps, learning_rate=self.learning_rate,
-            final_learning_rate=self.final_learning_rate, warmup=self.warmup, evaluate_every=self.evaluate_every,
-            seed=self.seed, scale_learning_rate=self.scale_learning_rate, scale_decays=True,
-            weight_decay=self.weight_decay, betas=self.betas,
+            final_learning_rate=self.final_learning_rate, warmup=round(self.warmup * self.steps),
+            evaluate_every=self.evaluate_every, seed=self.seed, scale_learning_rate=self.scale_learning_rate,
+            scale_decays=True, weight_decay=self.weight_decay, betas=self.betas,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
