@@ -150,7 +150,7 @@ def test_verbs_import_what_they_need_when_they_run():
 
 def test_every_verb_has_an_example(capsys):
     assert main(["--help"]) == 0
-    verbs = re.findall(r"^    (\w+)  ", capsys.readouterr().out, re.MULTILINE)
+    verbs = re.findall(r"^    (\w+)(?:  |$)", capsys.readouterr().out, re.MULTILINE)
     assert {"demo", "reproduce", "train", "inspect", "doctor"} <= set(verbs)
     for verb in verbs:
         assert main([verb, "--help"]) == 0

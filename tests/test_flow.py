@@ -362,7 +362,7 @@ def test_presets_are_the_papers_model():
         shape = (experiment.layers, experiment.heads, experiment.width, experiment.context, experiment.batch)
         assert shape == (4, 4, 128, 64, 12)
         assert experiment.dropout == 0.2
-    assert (PRESETS["reproduce"].float_iterations, PRESETS["train"].total_iterations) == (15_000, 22_500)
+    assert (PRESETS["reproduce"].float_iterations, PRESETS["reproduce"].total_iterations) == (15_000, 22_500)
 
 
 @pytest.mark.parametrize("change", [{"layers": 0}, {"arms": ("pot5",)}, {"total_iterations": 15_000}, {"qat": "no"}])
