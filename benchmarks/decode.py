@@ -5,7 +5,8 @@
 Arms take turns at equal threads. Prefill reads 512 tokens and gives the logits of each; decoding reads token after
 token from position 128 on, 16 a sample: medians of the samples, with least and most. All arms but llama.cpp run
 ``potqat.models.gpt.GPT`` and decode with its ``Decoder``; "compiled" is torch.compile for both, "program" is its
-program by AOTInductor (prefill is eager there). Each arm says how many bytes of weights a token reads, and the cosine between its logits and those of float32: arms are one model, rounded.
+program by AOTInductor (prefill is eager there). Each arm says how many bytes of weights a token reads, and the cosine
+between its logits and those of float32: arms are one model, rounded.
 
 Writes benchmarks/results/NAME.json; an earlier run's arms at other numbers of threads stay if the machine is the same.
 """

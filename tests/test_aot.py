@@ -110,10 +110,10 @@ def test_what_is_not_a_program_is_refused(program, tmp_path):
 
 def test_nothing_is_compiled_that_could_not_be_used(tmp_path):
     model = packed_gpt()
-    with pytest.raises(ValueError, match=r"step.bin: the name of a compiled step must end in .pt2"):
+    with pytest.raises(ValueError, match=r"step\.bin: the name of a compiled step must end in \.pt2"):
         Decoder(model, 2, tmp_path / "step.bin")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="step"):
         Decoder(model, 2, tmp_path / "no" / "step.pt2")
-    with pytest.raises(ValueError, match=r"dropout is on in training mode; call model.eval\(\) before compiling"):
+    with pytest.raises(ValueError, match=r"dropout is on in training mode; call model\.eval\(\) before compiling"):
         Decoder(copy.deepcopy(model).train(), 2, tmp_path / "step.pt2")
     assert not list(tmp_path.iterdir())

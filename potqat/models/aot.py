@@ -21,7 +21,7 @@ KEY = "potqat.step"  # of what the file is for, in its metadata
 
 def compile_step(model: GPT, cache: KVCache, path: Path) -> None:
     """Write the program of ``model(idx, cache, positions)`` for one token a text to ``path`` (.pt2), for any number of
-    slots and threads. It holds no weights. Takes some 30 seconds for 12 layers, and a C++ compiler, as torch.compile does.
+    slots and threads. It holds no weights. Takes half a minute for 12 layers, and a C++ compiler as torch.compile does.
 
     Args:
         model: float or packed, in eval mode; it does not change.
