@@ -92,6 +92,7 @@ PRESETS = {
     "1m": Recipe(
         loss="ce", context=64, batch=12, steps=2000, learning_rate=5e-4, final_learning_rate=5e-5, evaluate_every=200
     ),
+    # The learning rates with which SmolLM2-135M was first trained (4 x 128 tokens, 60 steps); not searched as yet.
     "100m": Recipe(),
     # arXiv 2601.02298 for GPT-2 124M: one target a window, 384 a step.
     "papers": Recipe(
