@@ -243,7 +243,7 @@ def test_the_command_meets_its_target(at, float_model, split, sensed, tmp_path, 
 @pytest.mark.parametrize(
     ("more", "status", "message"),
     [
-        (["--target-loss=0.1"], 2, "--target-loss goes with --calibration FILE and must be above 0, got 0.1"),
+        (["--target-loss=0.1"], 2, "--target-loss goes with --calibration and must be above 0, got 0.1"),
         (["--calibration={text}", "--target-loss=0"], 2, "must be above 0, got 0.0"),
         (["--calibration={text}", "--target-loss=nan"], 2, "must be above 0, got nan"),
         (["--calibration={text}", "--target-loss=1", "--grid=int8"], 1, "and int8 is the most"),

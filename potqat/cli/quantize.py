@@ -21,6 +21,7 @@ FLOAT = "float"  # the word for None on the command line
 SCALES = ("absmax", "mse", "output")  # those that need no training
 CALIBRATED = {"scale": "output", "rounding": "gptq"}  # the defaults with --calibration
 CALIBRATION_TOKENS = 32768
+BUILT_IN = object()  # --calibration without a file
 
 
 def add(verbs) -> None:
@@ -46,9 +47,9 @@ def add(verbs) -> None:
         "without calibration, groups of 32 lose least",
     )  # fmt: skip
     parser.add_argument(
-        "--calibration", type=Path, metavar="FILE",
-        help="UTF-8 text like what the model will read: quantize each layer for the inputs that it has on it "
-        "(default: none)",
+        "--calibration", type=Path, nargs="?", const=BUILT_IN, metavar="FILE",
+        help="quantize each layer for the inputs that it has on this UTF-8 text, best one like what the model will "
+        "read; without FILE on English that comes with Python, its language help (default: no calibration)",
     )  # fmt: skip
     parser.add_argument(
         "--calibration-tokens",
@@ -119,7 +120,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if target is not None:
         mixed.candidates(cfg)
         results.require_matplotlib(f"{out.name}.mixed.png")
-    text, tokens = arguments.calibration, arguments.calibration_tokens
+    calibrated, tokens = arguments.calibration is not None, arguments.calibration_tokens
+    text = None if arguments.calibration is BUILT_IN else arguments.calibration
     if text is not None:
         read_text(text)  # what is wrong with it is said before anything else is read
     source = sources.find(arguments.model)
@@ -130,14 +132,17 @@ def _run(arguments: argparse.Namespace) -> int:
             f"--tokenizer {given}: has {len(tokenizer)} tokens, and {source.name} knows {source.vocabulary}; give the "
             "one that it was trained with"
         )
-    windows = []
-    if text is not None:
+    windows, read = [], None
+    if calibrated:
         if tokenizer is None:
-            raise ValueError(f"{source.name}: no tokenizer beside the model to read {text.name}; name one: --tokenizer")
+            raise ValueError(
+                f"{source.name}: no tokenizer beside the model to read the calibration text; name one: --tokenizer"
+            )
         count = CALIBRATION_TOKENS if tokens is None else tokens
         windows = quantize.calibration_windows(
             text, tokenizer, source, count, at_most=tokens is None, seed=arguments.calibration_seed
         )
+        read = quantize.calibration_note(text, windows)
     if target is not None:
         windows, sensing, checking = mixed.split_windows(windows)
     planned = quantize.make_plan(source, cfg, getattr(torch, arguments.dtype), windows)
@@ -157,6 +162,8 @@ def _run(arguments: argparse.Namespace) -> int:
             results.write_json(out.with_name(f"{out.name}.mixed.json"), outcome)
             mixed_plot.plot(out.with_name(f"{out.name}.mixed.png"), outcome)
             shutil.rmtree(sensed)
+    if read is not None:
+        report.notes.append(read)
     if arguments.json:
         made = report.to_dict() | {"file_bytes": size, "float_bytes": planned.float_bytes}
         print(json.dumps(made if target is None else made | {"mixed": outcome}))
@@ -230,21 +237,18 @@ def _config(arguments: argparse.Namespace) -> PoTConfig:
         calibrated = arguments.calibration is not None
         if arguments.calibration_tokens is not None and (not calibrated or arguments.calibration_tokens < 1):
             raise ValueError(
-                "--calibration-tokens goes with --calibration FILE and must be at least 1, "
+                "--calibration-tokens goes with --calibration and must be at least 1, "
                 f"got {arguments.calibration_tokens}"
             )
         if arguments.calibration_seed is not None and (not calibrated or arguments.calibration_seed < 0):
             raise ValueError(
-                "--calibration-seed goes with --calibration FILE and must be at least 0, "
-                f"got {arguments.calibration_seed}"
+                f"--calibration-seed goes with --calibration and must be at least 0, got {arguments.calibration_seed}"
             )
         if arguments.target_loss is not None and (not calibrated or not 0 < arguments.target_loss < math.inf):
-            raise ValueError(
-                f"--target-loss goes with --calibration FILE and must be above 0, got {arguments.target_loss}"
-            )
+            raise ValueError(f"--target-loss goes with --calibration and must be above 0, got {arguments.target_loss}")
         for name, option in (("scale", arguments.scale), ("rounding", arguments.rounding)):
             if option == CALIBRATED[name] and not calibrated:
-                raise ValueError(f"--{name} {option} needs a text: --calibration FILE")
+                raise ValueError(f"--{name} {option} needs --calibration")
         default = CALIBRATED if calibrated else {"scale": DEFAULT.scale, "rounding": DEFAULT.rounding}
         return PoTConfig(
             grid=arguments.grid,

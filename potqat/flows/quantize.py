@@ -17,7 +17,7 @@ from torch import nn
 import potqat
 from potqat import calibrated, ops
 from potqat.flows import sources
-from potqat.flows.text import tokenize
+from potqat.flows.text import content_of, sha256, tokenize
 from potqat.plan import Site, check_calibration, check_packable, plan
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _packed_bytes(site: Site) -> int:
 
 
 def calibration_windows(
-    path: Path,
+    path: Path | None,
     tokenizer: PreTrainedTokenizerBase,
     source: sources.Source,
     tokens: int,
@@ -127,6 +127,7 @@ def calibration_windows(
     """Evenly spaced windows of a text, int64 [B, T] each, with ``tokens`` tokens in all (a multiple of T, rounded up).
 
     Args:
+        path: None: the built-in text, Python's language help.
         at_most: take what there is of a shorter text.
         seed: another sample, to see what the choice of tokens does to a result: the text is cut into as many equal
             parts, and a window is drawn from each. In a text hardly longer than the windows, samples are alike.
@@ -135,6 +136,7 @@ def calibration_windows(
         OSError: the text cannot be read.
         ValueError: a text that is empty, not UTF-8, too short, or not for this tokenizer or model.
     """
+    name, _ = content_of(path)
     _, ids = tokenize(path, tokenizer, source.vocabulary)
     context = min(CONTEXT, source.max_context)
     count = -(-tokens // context)
@@ -142,7 +144,7 @@ def calibration_windows(
         count = max(1, min(count, len(ids) // context))
     if len(ids) < count * context:
         raise ValueError(
-            f"{path.name}: the text has {len(ids)} tokens, and {count} calibration windows of {context} need "
+            f"{name}: the text has {len(ids)} tokens, and {count} calibration windows of {context} need "
             f"{count * context}; give a longer text"
         )
     if seed is None:
@@ -150,12 +152,18 @@ def calibration_windows(
     part = len(ids) // count
     if part == context:
         raise ValueError(
-            f"{path.name}: has {len(ids)} tokens, and {count} calibration windows of {context} leave nothing to "
+            f"{name}: has {len(ids)} tokens, and {count} calibration windows of {context} leave nothing to "
             "draw from; give a longer text, or ask for fewer tokens"
         )
     shifts = torch.randint(part - context + 1, (count,), generator=torch.Generator().manual_seed(seed))
     starts = torch.arange(count) * part + shifts
     return list(torch.tensor(ids)[starts[:, None] + torch.arange(context)].split(BATCH))
+
+
+def calibration_note(path: Path | None, windows: Sequence[torch.Tensor]) -> str:
+    """For the report: on how many tokens of which text, with its hash."""
+    name, content = content_of(path)
+    return f"calibrated on {sum(ids.numel() for ids in windows):,} tokens of {name}, SHA-256 {sha256(content)}"
 
 
 def spread(tokens: torch.Tensor, count: int, context: int) -> torch.Tensor:

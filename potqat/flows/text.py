@@ -43,20 +43,26 @@ class Text:
 
 
 def load_text(path: str | Path | None, context: int) -> Text:
-    """Read a UTF-8 text file, or by default the language help that comes with Python (``pydoc_data.topics``; its
-    wording changes a little from version to version).
+    """The text of content_of, split.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: the file cannot be read.
-        ValueError: the file is empty or not UTF-8, or a split does not hold one window of ``context`` + 1 characters.
+        as content_of; ValueError: a split does not hold one window of ``context`` + 1 characters.
     """
-    if path is None:
-        from pydoc_data.topics import topics
+    return split_text(*content_of(path), context)
 
-        name, content = "pydoc_data.topics", "".join(topics[key] for key in sorted(topics))
-    else:
-        name, content = Path(path).name, read_text(path)
-    return split_text(name, content, context)
+
+def content_of(path: str | Path | None) -> tuple[str, str]:
+    """(name, content) of a UTF-8 text file, or for None of the text that is everywhere: the language help that comes
+    with Python (``pydoc_data.topics``; its wording changes a little from version to version).
+
+    Raises:
+        as read_text.
+    """
+    if path is not None:
+        return Path(path).name, read_text(path)
+    from pydoc_data.topics import topics
+
+    return "pydoc_data.topics", "".join(topics[key] for key in sorted(topics))
 
 
 def split_text(name: str, content: str, context: int) -> Text:
@@ -72,12 +78,16 @@ def split_text(name: str, content: str, context: int) -> Text:
             f"{name}: the text is too short: its {shortest} split holds {len(splits[shortest])} characters of {n}, and "
             f"one window of context {context} needs {context + 1}; give a longer text or a smaller context"
         )
-    sha256 = hashlib.sha256(content.encode()).hexdigest()
-    return Text(name, sha256, "".join(map(chr, characters)), splits)
+    return Text(name, sha256(content), "".join(map(chr, characters)), splits)
 
 
-def tokenize(path: str | Path, tokenizer: Any, vocabulary: int | None = None) -> tuple[str, list[int]]:
-    """(the content, its token ids) of a UTF-8 text, tokenized whole, without special tokens.
+def sha256(content: str) -> str:
+    """Of a text in UTF-8, in hex."""
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def tokenize(path: str | Path | None, tokenizer: Any, vocabulary: int | None = None) -> tuple[str, list[int]]:
+    """(the content, its token ids) of the text of content_of, tokenized whole, without special tokens.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -86,7 +96,7 @@ def tokenize(path: str | Path, tokenizer: Any, vocabulary: int | None = None) ->
     Raises:
         as read_text; ValueError: the tokenizer cannot read it, or gives tokens that the model does not know.
     """
-    name, text = Path(path).name, read_text(path)
+    name, text = content_of(path)
     try:
         # verbose=False: a text is longer than the model's context by design; the tokenizer would warn about it
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
