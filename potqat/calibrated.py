@@ -103,7 +103,7 @@ def _smoothing(
         raise
 
 
-def _calibrated(site: Site, inputs: calibrate.Inputs, smoothed: bool) -> tuple[PackedLinear, Entry]:
+def _calibrated(site: Site, inputs: calibrate.Inputs, smoothed: bool = False) -> tuple[PackedLinear, Entry]:
     cfg, weight = site.cfg, site.weight.detach()
     importance = inputs.moment.diagonal().float() if cfg.weighs_outputs else None
     scale = ops.compute_scale(weight, cfg, importance)

@@ -21,6 +21,7 @@ SAMPLE = 1024  # tokens that the factors are chosen on
 # A channel of largest value a has the factor a^strength, rounded to a power of two with one of these phases.
 STRENGTHS = (0.5, 0.625, 0.75, 0.875, 1.0)
 PHASES = (0.0, 0.25, 0.5, 0.75)
+LESS = 0.99  # an error must be so much smaller to be better: sums in another order do not decide
 
 Run = Callable[[], torch.Tensor]
 
@@ -148,7 +149,7 @@ def _choose(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
     for strength in STRENGTHS:
         for phase in PHASES:
             factors = torch.exp2((strength * exponent + phase).floor().clamp(-14, 14))
-            if (error := _error(x, weight, factors)) < least:
+            if (error := _error(x, weight, factors)) < LESS * least:
                 best, least = factors, error
     return best
 

@@ -125,6 +125,19 @@ def test_int8_activations_cost_less_with_it():
     assert errors[0] < 0.5 * errors[1]
 
 
+def test_training_starts_from_smoothed_weights():
+    data, floats = batches(), make("llama")
+    model, packed = make("llama"), make("llama")
+    learned = potqat.PoTConfig(scale="learned", scale_init="output", rounding="gptq")
+    report = potqat.prepare_qat_(model, learned, calibration=data)
+    assert any("have smoothed inputs" in note for note in report.notes)
+    potqat.convert_(model)
+    potqat.quantize_(packed, CFG, calibration=data)
+    expected = logits(floats, data[0])
+    errors = [(logits(m, data[0]) - expected).square().mean().item() for m in (model, packed)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.3)
+
+
 def test_float_activations_are_not_smoothed():
     model, before = make("llama"), make("llama").state_dict()
     report = potqat.quantize_(model, potqat.PoTConfig(rounding="gptq", activations=None), calibration=batches())
