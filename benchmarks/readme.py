@@ -1,6 +1,7 @@
 """Rewrite README's results from benchmarks/results/: `python benchmarks/readme.py`. A test checks that they agree."""
 
 import json
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +105,17 @@ def _accuracy() -> list[str]:
         "nearest; gptq compensates errors on output scales, which is the default of `--calibration`. A sample is "
         f"another draw of the calibration text. {machine['cpu']}, {machine['isa']}, threads: {machine['threads']}.",
     ]
+    samples: dict[str, list[dict]] = {}
+    for name, arm in arms.items():
+        if arm.get("calibrated"):
+            samples.setdefault(re.sub(r"-seed\d+", "", name), []).append(arm)
+    for name, alike in samples.items():
+        if len(alike) > 1:
+            spreads = []
+            for i, text in enumerate(texts):
+                ratios = [arm["texts"][i]["reference"]["perplexity_ratio"] for arm in alike]
+                spreads.append(f"{min(ratios):.3f} to {max(ratios):.3f} on {text['file']}")
+            lines[-1] += f" Ratios of {name} over {len(alike)} calibration samples: {', '.join(spreads)}."
     if taken:
         seconds, memory = max(t["cpu_seconds"] for t in taken), max(t["peak_bytes"] for t in taken)
         lines[-1] += (

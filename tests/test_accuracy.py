@@ -97,7 +97,7 @@ def test_a_command_is_timed_in_a_process_of_its_own(accuracy, at, capfd):
     assert "exists and is not an empty folder" in capfd.readouterr().err
 
 
-def test_a_run_measures_packed_folders_and_goes_on(accuracy, commands, at, tmp_path, capfd):
+def test_a_run_measures_packed_folders_and_goes_on(accuracy, commands, at, tmp_path, monkeypatch, capfd):
     """Its figures are those of the same folders in this process; what is there is not made or measured again."""
     assert accuracy.main(words_of(at, tmp_path, "--arms", "pot4-32-absmax")) == 0
     first = json.loads((tmp_path / "accuracy.json").read_text())
@@ -132,8 +132,23 @@ def test_a_run_measures_packed_folders_and_goes_on(accuracy, commands, at, tmp_p
     assert str(tmp_path) not in (tmp_path / "accuracy.json").read_text()
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     capfd.readouterr()
+    import readme
+
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    arms[1:1] = ["pot4-channel-gptq"]
+    assert accuracy.main(words_of(at, tmp_path, *arms)) == 0
+    shown = readme._accuracy()
+    assert [line.split("|")[1].strip() for line in shown if line.startswith("| ")] == [
+        "model", "float32", "`pot4`, groups of 32, absmax", "`pot4`, a scale a channel, gptq, sample 1", "a folder",
+        "`pot4`, a scale a channel, gptq",
+    ]  # fmt: skip
+    against = report["arms"]["a folder"]["texts"][0]["reference"]
+    low, high = against["kl_interval"]
+    assert f" {against['kl']:.3f} ({low:.3f} to {high:.3f}) " in next(line for line in shown if "a folder" in line)
+    assert "Ratios of pot4-channel-gptq over 2 calibration samples: " in shown[-2]
+    commands.clear()
     assert accuracy.main(words_of(at, tmp_path, *arms)) == 0  # nothing left to do
-    assert len(commands) == 3
+    assert not commands
     assert accuracy.main([*words_of(at, tmp_path, *arms), "--context", "64"]) == 1
     assert "accuracy.json: made with other settings (context); name another" in capfd.readouterr().err
     assert accuracy.main([*words_of(at, tmp_path, *arms), "--calibration-tokens", "64"]) == 1
