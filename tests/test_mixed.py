@@ -135,10 +135,11 @@ def test_no_choice_within_the_target_is_much_smaller(rows, share):
 def sensed(float_model, split, tmp_path_factory):
     """(choices of every layer, the folder that holds what was done)."""
     folder = tmp_path_factory.mktemp("sensed") / "kept"
-    before = {name: tensor.clone() for name, tensor in float_model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in float_model.state_dict().items()}  # it is smoothed, and back
     layers = mixed.sensitivities(float_model, CFG, split[0], split[1], folder)
     after = float_model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert list(folder.glob("*.smoothed"))
     return layers, folder
 
 
@@ -151,9 +152,11 @@ def test_windows_are_held_back_and_apart(split):
         mixed.split_windows([torch.zeros(12, 64, dtype=torch.int64)])
 
 
-def test_a_layers_loss_is_that_of_a_model_with_only_this_layer_packed(float_model, split, sensed):
-    """Measured by whole passes here; the line through two candidates goes by the error of outputs."""
-    layers, _ = sensed
+def test_a_layers_loss_is_that_of_a_model_with_only_this_layer_packed(float_model, split, tmp_path):
+    """Measured by whole passes here; the line through two candidates goes by the error of outputs. With float
+    activations, for which nothing is smoothed: what smoothing does depends on the layers beside."""
+    floating = PoTConfig(scale="output", activations=None)
+    layers = mixed.sensitivities(float_model, floating, split[0], split[1], tmp_path / "kept")
     assert len(layers) == LAYERS
     rows = split[1]
     log_p = sources.logits_of(float_model)(rows).double().log_softmax(-1)[:, :-1]
@@ -165,7 +168,7 @@ def test_a_layers_loss_is_that_of_a_model_with_only_this_layer_packed(float_mode
             model = copy.deepcopy(float_model)
             field = {"grid": choice.grid, "granularity": choice.granularity}
             others = tuple(n for n, m in floats.items() if n != name and isinstance(m, torch.nn.Linear))
-            cfg = PoTConfig(scale="output", embedding_grid=None, skip=others, **field)
+            cfg = PoTConfig(scale="output", activations=None, embedding_grid=None, skip=others, **field)
             potqat.quantize_(model, cfg, split[0])
             assert isinstance(model.get_submodule(name), modules.PackedLinear)
             log_q = sources.logits_of(model)(rows).double().log_softmax(-1)[:, :-1]
@@ -189,6 +192,7 @@ def test_layers_that_an_override_settles_are_not_chosen_for(float_model, split, 
 
 def test_what_was_measured_is_not_measured_again(float_model, split, sensed, tmp_path, monkeypatch):
     layers, _ = sensed
+    before = {name: tensor.clone() for name, tensor in float_model.state_dict().items()}
     measured, kl = [], mixed._Tail.kl
 
     def interrupted(self, module):
@@ -202,6 +206,7 @@ def test_what_was_measured_is_not_measured_again(float_model, split, sensed, tmp
     with pytest.raises(KeyboardInterrupt):
         mixed.sensitivities(*arguments)
     assert all(isinstance(m, torch.nn.Linear) for n, m in float_model.named_modules() if n.endswith("_proj"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in float_model.state_dict().items())
     monkeypatch.setattr(mixed.calibrate, "walk", lambda *_: pytest.fail("calibrated again"))
     assert mixed.sensitivities(*arguments) == layers
     assert len(measured) == 8 + 2 * (LAYERS - 3)

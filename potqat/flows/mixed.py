@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from potqat import calibrate, calibrated, modules
+from potqat import calibrate, calibrated, modules, smooth
 from potqat.config import PoTConfig
 from potqat.flows import quantize, sources
 from potqat.flows.evaluate import measure
@@ -109,15 +109,18 @@ def sensitivities(
     if not tried:
         raise ValueError("--target-loss: overrides settle every layer; there is none to choose for")
     kept = Unfinished(folder, work_hash(model, cfg, [*batches, windows]))
-    missing = [name for name, cfgs in tried.items() if any(kept.load(_key(name, c)) is None for c in cfgs)]
-    if missing:
-        floats = {name: sites[name].module for name in tried}
-        for inputs in calibrate.walk(model, batches, floats):
-            for name in inputs.names:
-                for candidate in tried[name] if name in missing else ():
-                    new, entry = calibrated._calibrated(replace(sites[name], cfg=candidate), inputs)
-                    kept.save(_key(name, candidate), new, entry)
-    losses = _measure_layers(model, sites, tried, windows, kept, folder / "losses.json")
+    path = folder / "losses.json"
+    with _smoothed(model, sites, kept) as (before, smoothed):
+        missing = [name for name, cfgs in tried.items() if any(kept.load(_key(name, c)) is None for c in cfgs)]
+        if missing:
+            floats = {name: sites[name].module for name in tried}
+            for inputs in calibrate.walk(model, batches, floats, before):
+                for name in inputs.names:
+                    for candidate in tried[name] if name in missing else ():
+                        site = replace(sites[name], cfg=candidate)
+                        new, entry = calibrated._calibrated(site, inputs, name in smoothed)
+                        kept.save(_key(name, candidate), new, entry)
+        losses = _measure_layers(model, sites, tried, windows, kept, path)
     found = {}
     for name, cfgs in tried.items():
         entries = [kept.load(_key(name, c))[1] for c in cfgs]
@@ -130,6 +133,17 @@ def sensitivities(
             for c, e in zip(cfgs, entries, strict=True)
         ]
     return found
+
+
+@contextmanager
+def _smoothed(model: nn.Module, sites: dict[str, Site], kept: Unfinished) -> Iterator[Any]:
+    """As calibrated._smoothing, which does what calibrated packing does to the float model, and undone at the end."""
+    floats = smooth.float_modules(model, {name: site.module for name, site in sites.items()})
+    with calibrated._smoothing(model, sites, kept) as given:
+        yield given
+    for smoothings in kept.load_smoothings().values():
+        for smoothing in smoothings:
+            smoothing.apply(floats, undo=True)
 
 
 def _free(cfg: PoTConfig, site: Site) -> bool:
