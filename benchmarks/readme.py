@@ -225,7 +225,8 @@ def _decode() -> list[str]:
         "A whole model, GPT-2 124M in shape, random weights, one text, 1 thread, the same machine "
         f"(`benchmarks/decode.py`): {report['prefill_tokens']} tokens read at once, and tokens written one by one "
         f"after {report['context']}, medians of {report['rounds']}; memory was read at "
-        f"{calibration['read_gb_per_second']:.0f} GB/s.",
+        f"{calibration['read_gb_per_second']:.0f} GB/s. Decoding: eager, compiled by torch.compile, or as a program "
+        '(`Decoder(model, 1, compile="step.pt2")`; prefill is eager there).',
         "",
         "| model | MB read a token | prefill tokens/s | of float32 | decode tokens/s | of float32 |",
         "|---|---|---|---|---|---|",
