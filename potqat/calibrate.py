@@ -1,7 +1,7 @@
 """Run a model over calibration data block by block, and hand out the second moments of its linear layers' inputs.
 
 Only one block runs at a time, as it is now and in float: its inputs, two hidden states of every calibration token, are
-all that is kept, and the moments of one layer. So memory does not grow with the number of blocks.
+kept, what its layers get in float, and the moments of one layer. So memory does not grow with the number of blocks.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ class _Chain:
         self.options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         self.hidden: list[torch.Tensor | None] = [None] * len(batches)
         self.hidden_float = list(self.hidden)
+        self._float_outputs: dict[int, torch.Tensor | None] = {}  # of the block that runs, by batch
         self._find_blocks()
 
     def _find_blocks(self) -> None:
@@ -231,20 +232,23 @@ class _Chain:
         those that enter the first block."""
         for b in range(len(self.batches)):
             self.hidden[b] = self._run(at, b, self.hidden)
-            with self._float(names):
-                self.hidden_float[b] = self._run(at, b, self.hidden_float)
+            if b not in self._float_outputs:
+                with self._float(names):
+                    self._float_outputs[b] = self._run(at, b, self.hidden_float)
+            self.hidden_float[b] = self._float_outputs.pop(b)
 
     def inputs(self, names: list[str], at: int) -> Iterator[Inputs]:
         """The inputs of those of the layers ``names`` that are float, which block ``at`` calls (-1: what comes before
         the blocks; their number: what comes after)."""
-        for group, calls in self._groups([n for n in names if self.model.get_submodule(n) is self.floats[n]], at):
+        groups = self._groups([n for n in names if self.model.get_submodule(n) is self.floats[n]], at)
+        with self._float(names):
+            floats = [self._float_seen(groups, at, b) for b in range(len(self.batches))]
+        for group, calls in groups:
             weight = self.floats[group[0]].weight
             k = weight.shape[0 if kind_of(self.floats[group[0]]) == "conv1d" else 1]
             moment, drift, count = torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, k, dtype=torch.float64), 0
             for b, ids in enumerate(self.batches):
-                now = self._seen(group, calls, at, b, self.hidden)
-                with self._float(names):
-                    float_ = self._seen(group, calls, at, b, self.hidden_float)
+                now, float_ = self._seen(group, calls, at, b, self.hidden), floats[b].pop(group[0])
                 for i, x in enumerate(now):
                     moment += x.t() @ x
                     count += len(x)
@@ -262,14 +266,35 @@ class _Chain:
         def note(module, args, kwargs):
             nonlocal left
             if module is layers[0]:
-                x = _hidden_in(args, kwargs)
-                seen.append(x.reshape(-1, x.shape[-1]).float())
+                seen.append(_rows_of(args, kwargs))
             left -= 1
             if left == 0:
                 raise _Reached
 
         with _hooked(layers, note):
             self._run(at, b, hidden)
+        return seen
+
+    def _float_seen(self, groups: list[tuple[list[str], int]], at: int, b: int) -> dict[str, list[torch.Tensor]]:
+        """What the first layers of all groups are called with in one run of the float model, by name; that of a block
+        goes to its end, for ``advance``."""
+        seen: dict[str, list[torch.Tensor]] = {group[0]: [] for group, _ in groups}
+        name_of = {self.floats[name]: name for group, _ in groups for name in group}
+        left = sum(calls for _, calls in groups)
+
+        def note(module, args, kwargs):
+            nonlocal left
+            if name_of[module] in seen:
+                seen[name_of[module]].append(_rows_of(args, kwargs))
+            left -= 1
+            if left == 0 and not 0 <= at < len(self.blocks):
+                raise _Reached  # a head's logits are many, and nobody reads them
+
+        if groups:
+            with _hooked(name_of, note):
+                output = self._run(at, b, self.hidden_float)
+            if 0 <= at < len(self.blocks):
+                self._float_outputs[b] = output
         return seen
 
     def _groups(self, names: list[str], at: int) -> list[tuple[list[str], int]]:
@@ -305,6 +330,11 @@ def _hooked(layers: Iterable[nn.Module], before: Callable) -> Iterator[None]:
 
 def _hidden_in(args: tuple, kwargs: dict) -> torch.Tensor:
     return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _rows_of(args: tuple, kwargs: dict) -> torch.Tensor:
+    x = _hidden_in(args, kwargs)
+    return x.reshape(-1, x.shape[-1]).float()
 
 
 def _hidden_of(output: object) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from potqat.modules import kind_of
 
-SAMPLE = 1024  # tokens that the factors are chosen on
+SAMPLE, SAMPLE_RUNS = 1024, 8  # tokens that the factors are chosen on, and batches that they are taken from, at most
 # A channel of largest value a has the factor a^strength, rounded to a power of two with one of these phases.
 STRENGTHS = (0.5, 0.625, 0.75, 0.875, 1.0)
 PHASES = (0.0, 0.25, 0.5, 0.75)
@@ -124,6 +124,7 @@ def _pairs(floats: Mapping[str, nn.Module], readers: Sequence[str], run: Run) ->
 
 def _sample(found: list, floats: Mapping[str, nn.Module], runs: Sequence[Run]) -> list[torch.Tensor]:
     """The tensor of each pair on SAMPLE tokens from all over the batches, float32 [S, K]."""
+    runs = runs[:: -(-len(runs) // SAMPLE_RUNS)]
     share = -(-SAMPLE // len(runs))
     rows: dict[str, list[torch.Tensor]] = {names[0]: [] for _, names in found}
 

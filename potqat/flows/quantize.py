@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,8 +57,9 @@ class Plan:
         """Memory that the work takes at most, besides PyTorch and transformers; measured, it is within 5%.
 
         Loading takes the model and what it is made from: nothing more if that is memory-mapped and of the same dtype.
-        Quantizing takes the model, and the codes and scales; calibration also the hidden states of all its tokens, and
-        for one layer at a time some float64 matrices of its inputs and float32 ones of its weight.
+        Quantizing takes the model, and the codes and scales; calibration also the hidden states of all its tokens, what
+        the layers of one block get in float, and for one layer at a time float64 matrices of its inputs and float32 ones
+        of its weight.
         """
         numbers, source = self.float_bytes // self.dtype.itemsize, self.source
         largest = max(parameter.numel() for parameter in self.skeleton.parameters())
@@ -105,9 +108,13 @@ def _calibration_bytes(
     tokens = sum(ids.numel() for ids in batches)
     hidden = 2 * tokens * source.width * dtype.itemsize
     logits = 2 * 4 * batches[0].shape[1] * source.vocabulary  # of the row that shows the blocks
-    shapes = [site.weight.shape for site in calibrated.split(sites)[0].values()]
-    layer = max(8 * 8 * k**2 + 6 * 4 * n * k for n, k in shapes)
-    return hidden + max(logits, layer)
+    chosen = calibrated.split(sites)[0].values()
+    layer = max(8 * 8 * k**2 + 6 * 4 * n * k for n, k in (site.weight.shape for site in chosen))
+    inputs: Counter[str] = Counter()  # by block, float32; layers that share them (q, k, v) are counted each
+    for site in chosen:
+        block = re.match(r"(.*?\.\d+\.)?", site.name)[0]
+        inputs[block] += 4 * tokens * site.weight.shape[1]
+    return hidden + max(logits, layer + max(inputs.values()))
 
 
 def _packed_bytes(site: Site) -> int:
