@@ -57,9 +57,9 @@ class Plan:
         """Memory that the work takes at most, besides PyTorch and transformers; measured, it is within 5%.
 
         Loading takes the model and what it is made from: nothing more if that is memory-mapped and of the same dtype.
-        Quantizing takes the model, and the codes and scales; calibration also the hidden states of all its tokens, what
-        the layers of one block get in float, and for one layer at a time float64 matrices of its inputs and float32 ones
-        of its weight.
+        Quantizing takes the model, and the codes and scales; calibration also the hidden states of all its tokens, and
+        what the layers of one block get in float; and for one layer at a time some float64 matrices of its inputs and
+        float32 ones of its weight.
         """
         numbers, source = self.float_bytes // self.dtype.itemsize, self.source
         largest = max(parameter.numel() for parameter in self.skeleton.parameters())
