@@ -7,6 +7,9 @@ METHOD is absmax, mse, output (scales; rounding to nearest), absmax+gptq (error 
 (what --calibration does by default); float takes float activations, not int8; seedN another sample of the calibration
 text; embedding the arm's grid for embeddings, not int8. Folders made elsewhere, as by training, are --packed NAME=DIR.
 
+The other text of README's table is section A (A1 to A5, Markdown, in order) of An Anarchist FAQ 15.3, as it is in
+Debian's package `anarchism`.
+
 Every figure is of a packed folder that runs through the real kernels. Results are written after each arm, quantized
 folders are kept in --work: the same command goes on where it was stopped, and a longer list of arms adds to the others.
 """

@@ -33,7 +33,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
                     entry["bytes_per_weight"], value, [[value - interval[0]], [interval[1] - value]], color=color,
                     marker=marker, mfc="white" if hollow else color, ms=6, lw=1, capsize=2, ls="none",
                 )  # fmt: skip
+            sizes = [entry["bytes_per_weight"] for entry in arms.values()]
             axis.set_xscale("log")
+            axis.set_xlim(0.95 * min(sizes), 1.05 * max(sizes))  # log axes have no margin around a single size
             axis.set_yscale("log")
             axis.grid(alpha=0.25, which="both", lw=0.5)
             axis.spines[["top", "right"]].set_visible(False)
