@@ -123,7 +123,7 @@ class PackedLinear(Packed):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[-1] != self.in_features:
+        if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
             raise ValueError(f"potqat.linear: x must be float [..., {self.in_features}], got {x.dtype} {list(x.shape)}")
         cfg = self.cfg
         return ops.run_linear(

@@ -222,3 +222,15 @@ def test_qat_model_compiles_in_one_graph():
     potqat.prepare_qat_(model, PoTConfig(scale="learned"))
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(IDS), model(IDS))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(3, 32), torch.ones(3, 64, dtype=torch.int64), torch.tensor(1.0)],
+    ids=["width", "integers", "scalar"],
+)
+def test_a_packed_linear_says_what_it_takes(x):
+    model = nn.Sequential(nn.Linear(64, 16))
+    potqat.quantize_(model, potqat.PoTConfig())
+    with pytest.raises(ValueError, match=r"x must be float \[\.\.\., 64\], got torch"):
+        model(x)
