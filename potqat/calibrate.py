@@ -74,8 +74,8 @@ def walk(
         batches: token ids, int64 [B, T] each.
         floats: the float layers by their names in ``model``, where some may be replaced already; their one input is
             [..., K]. One that is never called comes with a count of 0.
-        before: called with the name of each block, and a run of it on each batch, before its first inputs; it may
-            change the block's weights, but not what it returns.
+        before: called with the name of each block, and a run of it on each row of the batches, before its first
+            inputs; it may change the block's weights, but not what it returns.
 
     Raises:
         ValueError: the model does not run on the first batch, or has no such blocks.
@@ -205,15 +205,18 @@ class _Chain:
 
         return forward
 
-    def _run(self, at: int, b: int, hidden: list[torch.Tensor | None]) -> torch.Tensor | None:
-        self._at, self._now = at, hidden[b]
+    def _run(
+        self, at: int, b: int, hidden: list[torch.Tensor | None], rows: slice = slice(None)
+    ) -> torch.Tensor | None:
+        self._at, self._now = at, None if hidden[b] is None else hidden[b][rows]
         with suppress(_Reached):
-            self.model(self.batches[b], **self.options)
+            self.model(self.batches[b][rows], **self.options)
         return self._now
 
     def runs(self, at: int) -> list[Callable[[], torch.Tensor]]:
-        """For each batch a run of block ``at``, which returns its hidden states."""
-        return [functools.partial(self._run, at, b, self.hidden) for b in range(len(self.batches))]
+        """For each row of the batches a run of block ``at``, which returns its hidden states."""
+        rows = ((b, slice(row, row + 1)) for b, ids in enumerate(self.batches) for row in range(len(ids)))
+        return [functools.partial(self._run, at, b, self.hidden, row) for b, row in rows]
 
     @contextmanager
     def _float(self, names: list[str]) -> Iterator[None]:

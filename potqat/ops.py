@@ -78,7 +78,9 @@ def fake_quantize(w: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> torch
     """
     _check_weight("fake_quantize", w)
     _check_scale("fake_quantize", scale, w.shape[0], w.shape[1], cfg)
-    return _call(_ops.fake_quant.default, w, scale, cfg.grid, cfg.level_rounding, cfg.group_size, cfg.ste == "clipped")
+    return _call_past_autograd(
+        _ops.fake_quant.default, (w, scale), cfg.grid, cfg.level_rounding, cfg.group_size, cfg.ste == "clipped"
+    )
 
 
 def pack(w: torch.Tensor, scale: torch.Tensor, cfg: PoTConfig) -> torch.Tensor:
@@ -165,16 +167,8 @@ def linear(
 
 
 def run_linear(x: torch.Tensor, *args) -> torch.Tensor:
-    """``torch.ops.potqat.linear`` without the checks of ``linear``; those of the op itself remain.
-
-    Where no gradient is wanted the call goes past the autograd key, whose formula (torch.library's) is Python and takes
-    as long as a small layer. In inference mode tensors do not have that key.
-    """
-    wanted = x.requires_grad and torch.is_grad_enabled()
-    if wanted or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return _call(_ops.linear.default, x, *args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _call(_ops.linear.default, x, *args)
+    """``torch.ops.potqat.linear`` without the checks of ``linear``; those of the op itself remain."""
+    return _call_past_autograd(_ops.linear.default, (x,), *args)
 
 
 def embedding(
@@ -212,6 +206,16 @@ def _call(op, *args):
         if message.startswith("potqat."):
             raise ValueError(message) from None
         raise
+
+
+def _call_past_autograd(op, differentiable: tuple[torch.Tensor, ...], *args):
+    """Call an op whose formula of the gradient, torch.library's, is Python and takes as long as a small layer: where no
+    gradient is wanted the call goes past the autograd key. In inference mode tensors do not have that key."""
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    if wanted or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return _call(op, *differentiable, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _call(op, *differentiable, *args)
 
 
 def _check_weight(where: str, w: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from potqat.modules import kind_of
 
-SAMPLE, SAMPLE_RUNS = 1024, 8  # tokens that the factors are chosen on, and batches that they are taken from, at most
+SAMPLE, SAMPLE_RUNS = 1024, 16  # tokens that the factors are chosen on, and rows that they are taken from, at most
 # A channel of largest value a has the factor a^strength, rounded to a power of two with one of these phases.
 STRENGTHS = (0.5, 0.625, 0.75, 0.875, 1.0)
 PHASES = (0.0, 0.25, 0.5, 0.75)
@@ -79,7 +79,7 @@ def smooth(block: str, floats: Mapping[str, nn.Module], readers: Sequence[str], 
         block: its name.
         floats: of float_modules.
         readers: names of the float linear layers in the block that will have int8 activations.
-        runs: a run of the block on each calibration batch; returns the hidden states.
+        runs: a run of the block on each row of the calibration batches; returns the hidden states.
     """
     found = _pairs({n: m for n, m in floats.items() if n.startswith(f"{block}.")}, readers, runs[0])
     if not found:
@@ -123,7 +123,7 @@ def _pairs(floats: Mapping[str, nn.Module], readers: Sequence[str], run: Run) ->
 
 
 def _sample(found: list, floats: Mapping[str, nn.Module], runs: Sequence[Run]) -> list[torch.Tensor]:
-    """The tensor of each pair on SAMPLE tokens from all over the batches, float32 [S, K]."""
+    """The tensor of each pair on SAMPLE tokens from all over the rows, float32 [S, K]."""
     runs = runs[:: -(-len(runs) // SAMPLE_RUNS)]
     share = -(-SAMPLE // len(runs))
     rows: dict[str, list[torch.Tensor]] = {names[0]: [] for _, names in found}
