@@ -15,13 +15,12 @@ from potqat.config import PoTConfig
 from potqat.reference import expand_scale
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: GPTQ's
-# Share that is taken off the moment's other entries: how inputs go together is known from few tokens and is another
-# thing in another text, and the less error compensation counts on it, the more of it holds there. CHANGELOG has figures.
-SHRINKAGE = 0.5
+# Of each diagonal entry, added to it. How inputs go together is known from few tokens, and is another thing in another
+# text: the less is built on it, the more of it holds there. What was tried is in CHANGELOG.
+RIDGE = 1.0
 BLOCK = 128  # inputs whose errors are passed on at once
 # Over all inputs after the first pass. Of SmolLM2's change of outputs the first takes 7-13% off, the third 1%.
 SWEEPS = 3
-CORRECTION = 0.5  # 0, 0.5 and 1 were tried on held-out text: CHANGELOG
 _ONE = torch.ones(1, 1)
 
 
@@ -103,26 +102,25 @@ def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
 
 
 def regular(moment: torch.Tensor) -> torch.Tensor:
-    """What rounding takes the second moment of the inputs for, float64 [K, K], positive definite: a diagonal matrix and
-    what was seen, mixed as Ledoit and Wolf estimate a covariance (doi:10.1016/S0047-259X(03)00096-4), and damped."""
+    """The second moment that rounding goes by, float64 [K, K], positive definite: what was seen, and more of its
+    diagonal."""
     moment = moment.to(torch.float64, copy=True)
-    diagonal = moment.diagonal().clone()
+    diagonal = moment.diagonal()
     mean = diagonal.mean()
-    moment.mul_(1 - SHRINKAGE).diagonal().copy_(diagonal + (DAMPING * mean if mean > 0 else 1.0))
+    diagonal.mul_(1 + RIDGE).add_(DAMPING * mean if mean > 0 else 1.0)
     return moment
 
 
 @torch.no_grad()
 def corrected(w: torch.Tensor, moment: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
     """The weight that gives on the inputs x of the quantized model what w [N, K] gives on x', those of the float one,
-    as nearly as a linear map can, by the share CORRECTION: float32 [N, K].
+    as nearly as a linear map can that stays near w: float32 [N, K].
 
-    The least squares solution is w + w D M^-1, with M the mean of x x^T and D, the drift, that of (x' - x) x^T; GPTAQ
-    (arXiv 2504.02692) has the same aim. The whole of it fits the calibration text and loses on another one, and so does
-    what M has beside ``regular``.
+    That is ridge regression, w + w D M^-1, with M the ``regular`` mean of x x^T and D, the drift, that of (x' - x) x^T.
+    GPTAQ (arXiv 2504.02692) has the same aim; with no more than damping it fits the calibration text and loses on others.
     """
     change = torch.cholesky_solve((w.detach().double() @ drift.double()).t(), torch.linalg.cholesky(regular(moment)))
-    return w.detach().float() + CORRECTION * change.t().float()
+    return w.detach().float() + change.t().float()
 
 
 @torch.no_grad()

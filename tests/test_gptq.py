@@ -30,9 +30,8 @@ def plain_loops(w, scale, moment, cfg, sweeps):
     float64, and the inverse of what is left anew at each step. Then sweeps that try every level for every weight."""
     w, n, k = w.double().clone(), *w.shape
     target = w.clone()
-    apart = ~torch.eye(k, dtype=torch.bool)
     h = moment.double() + gptq.DAMPING * moment.diagonal().mean() * torch.eye(k, dtype=torch.float64)
-    h[apart] *= 1 - gptq.SHRINKAGE
+    h += gptq.RIDGE * torch.diag(moment.diagonal().double())
     level = torch.tensor(reference.levels(cfg.grid), dtype=torch.float64)
     signed = torch.cat([level, -level[1:]])
     order = left = sorted(range(k), key=lambda j: -moment[j, j])
@@ -169,11 +168,10 @@ def test_the_corrected_weight_brings_the_outputs_nearer_to_the_float_ones(monkey
     moment, drift = x.t() @ x / 500, (float_x - x).t() @ x / 500
     expected = float_x @ w.double().t()
     before = (x @ w.double().t() - expected).square().sum()
-    halfway = (x @ gptq.corrected(w, moment, drift).double().t() - expected).square().sum()
-    assert halfway < 0.5 * before
-    monkeypatch.setattr(gptq, "CORRECTION", 1.0)
+    near = (x @ gptq.corrected(w, moment, drift).double().t() - expected).square().sum()
+    assert near < 0.5 * before
     monkeypatch.setattr(gptq, "DAMPING", 1e-12)
-    monkeypatch.setattr(gptq, "SHRINKAGE", 0.0)
+    monkeypatch.setattr(gptq, "RIDGE", 0.0)
     best = torch.linalg.lstsq(x, expected).solution.t()
     torch.testing.assert_close(gptq.corrected(w, moment, drift), best.float(), rtol=1e-4, atol=1e-4)
     assert torch.equal(gptq.corrected(w, moment, torch.zeros(40, 40)), w)
