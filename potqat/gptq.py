@@ -117,7 +117,7 @@ def corrected(w: torch.Tensor, moment: torch.Tensor, drift: torch.Tensor) -> tor
     as nearly as a linear map can that stays near w: float32 [N, K].
 
     That is ridge regression, w + w D M^-1, with M the ``regular`` mean of x x^T and D, the drift, that of (x' - x) x^T.
-    GPTAQ (arXiv 2504.02692) has the same aim; with no more than damping it fits the calibration text and loses on others.
+    GPTAQ (arXiv 2504.02692) has the same aim. With no more than damping it fits the calibration text alone.
     """
     change = torch.cholesky_solve((w.detach().double() @ drift.double()).t(), torch.linalg.cholesky(regular(moment)))
     return w.detach().float() + change.t().float()
