@@ -50,6 +50,16 @@ def test_integer_linear_is_exact(isa, grid, granularity):
             assert torch.equal(ours, reference.linear(x, packed, scale, b, grid, n, cfg.group_size))
 
 
+@pytest.mark.parametrize("granularity", ["channel", 64])
+def test_large_outputs_are_exact(isa, granularity):
+    """More than 1 MB, which is written around the cache, and more than one block of rows."""
+    cfg = PoTConfig(granularity=granularity)
+    packed, scale = make(400, 66, cfg)
+    x, bias = torch.randn(700, 66), torch.randn(400)
+    ours = potqat.linear(x, packed, scale, bias, cfg, out_features=400)
+    assert torch.equal(ours, oracle(x, packed, scale, bias, cfg, 400))
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("granularity", ["channel", 32])
 @pytest.mark.parametrize("zero_point", [-128, -7, 0, 127])

@@ -18,6 +18,9 @@ constexpr int64_t kMinThreadWork = 1 << 20;
 // Outputs that leave no room for activations in the second-level cache are written around it: half the traffic.
 constexpr int64_t kStreamBytes = 1 << 20;
 
+// Inputs beyond which a block has half the rows.
+constexpr int64_t kLongRow = 2112;
+
 // Rows that start at a cache line: a tile load that straddles two takes twice the time.
 constexpr std::align_val_t kCacheLine{64};
 struct FreeRows {
@@ -112,13 +115,16 @@ class Blocks {
     stream_ = aligned && a.m * a.n * static_cast<int64_t>(sizeof(float)) > kStreamBytes;
   }
 
-  void run(int64_t column, int64_t columns) {
+  // Tokens whose activations stay in the second-level cache while all columns pass by.
+  int64_t block_rows() const { return in_.stride <= kLongRow ? kMaxRows : kMaxRows / 2; }
+
+  void run(int64_t r0, int64_t column, int64_t columns) {
     columns_ = static_cast<int>(columns);
     n0_ = column * kTileOutputs;
     width_ = static_cast<int>(std::min(columns * kTileOutputs, a_.n - n0_));
     column_bytes_ = (a_.k + kTileInputs - 1) / kTileInputs * tile_bytes(a_.q.grid);
     tiles_ = a_.packed + column * column_bytes_;
-    for (int64_t r0 = 0; r0 < a_.m; r0 += kMaxRows) rows(r0, std::min<int64_t>(kMaxRows, a_.m - r0));
+    rows(r0, std::min(block_rows(), a_.m - r0));
   }
 
  private:
@@ -227,9 +233,11 @@ Status linear(const Linear& a, const ParallelFor& parallel) {
   const int64_t work = std::max<int64_t>(1, a.m * in.stride * kTileOutputs * kMaxColumns);
   parallel(count, std::max<int64_t>(1, kMinThreadWork / work), [&](int64_t begin, int64_t end) {
     Blocks blocks(a, in, *table, a.q.grid.bits == 4 ? levels : nullptr,
-                  groups);  // 260 KB, mostly untouched: the stack of any thread has them
-    for (int64_t i = begin; i < end; ++i) {
-      blocks.run(i * kMaxColumns, std::min<int64_t>(kMaxColumns, columns - i * kMaxColumns));
+                  groups);  // 390 KB, mostly untouched: the stack of any thread has them
+    for (int64_t r0 = 0; r0 < a.m; r0 += blocks.block_rows()) {
+      for (int64_t i = begin; i < end; ++i) {
+        blocks.run(r0, i * kMaxColumns, std::min<int64_t>(kMaxColumns, columns - i * kMaxColumns));
+      }
     }
   });
   return {};

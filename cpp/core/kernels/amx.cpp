@@ -17,9 +17,10 @@
 namespace potqat {
 namespace {
 
-constexpr int kLeastRows = 8;    // fewer are faster without tiles, which take the time of 16 rows whatever is in them
-constexpr int kPair = 2;         // columns of tiles, and tiles of rows, under way at once: 4 sums
-constexpr int kPanelTiles = 16;  // 1024 inputs: 32 KiB
+constexpr int kLeastRows = 8;  // fewer are faster without tiles, which take the time of 16 rows whatever is in them
+constexpr int kPair = 2;       // columns of tiles, and tiles of rows, under way at once: 4 sums
+constexpr int kPanelTiles =
+    64;  // 4096 inputs: 128 KiB, more than the first-level cache, but sums then stay in registers
 constexpr int kTileBytes = 1024;
 
 // Registers: 0..3 sums [row tile][column], 4..5 activations, 6..7 weights; all 16 rows of 64 bytes.
@@ -43,10 +44,30 @@ void look_up(__m512i table, const uint8_t* lines, uint8_t* tile) {
   }
 }
 
+// Sums of up to 32 rows and two columns that wait to be scaled: a few rows at every step of the next block's products,
+// which the tile unit works on meanwhile.
+template <class Scale>
+struct Waiting {
+  const Scale& scale;
+  const int32_t* sums = nullptr;
+  int64_t row = 0, end = 0;
+  void some(int64_t rows) {
+    for (const int64_t stop = row + rows < end ? row + rows : end; row < stop; ++row, sums += kWidth) {
+      scale.row(sums, row);
+    }
+  }
+};
+
+// Tiles of two columns: tile t of the first at first + t * step, of the second `second` bytes further on.
+struct Weights {
+  const uint8_t* first;
+  int64_t step, second;
+};
+
 // Up to 32 rows times two columns over `tiles` tiles of 64 inputs: acc = or += .
-template <int ROW_TILES>
-void pair_of_columns(const uint8_t* const weights[kPair], int64_t tiles, const int8_t* q, int64_t q_stride, bool first,
-                     int32_t* acc) {
+template <int ROW_TILES, class Scale>
+void pair_of_columns(Weights w, int64_t tiles, const int8_t* q, int64_t q_stride, bool first, int32_t* acc,
+                     Waiting<Scale>& before) {
   constexpr int64_t kAccBytes = kWidth * sizeof(int32_t), kLower = 16 * kWidth;
   if (first) {
     _tile_zero(0);
@@ -59,22 +80,67 @@ void pair_of_columns(const uint8_t* const weights[kPair], int64_t tiles, const i
     if (ROW_TILES > 1) _tile_loadd(2, acc + kLower, kAccBytes);
     if (ROW_TILES > 1) _tile_loadd(3, acc + kLower + 16, kAccBytes);
   }
-  for (int64_t t = 0; t < tiles; ++t) {
-    _tile_loadd(4, q + 64 * t, q_stride);
-    _tile_loadd(6, weights[0] + kTileBytes * t, 64);
-    _tile_loadd(7, weights[1] + kTileBytes * t, 64);
+  const int64_t share = tiles ? (before.end - before.row + tiles - 1) / tiles : 0;
+  const int8_t* const lower = q + 16 * q_stride;
+  for (int64_t at = 0; at < 64 * tiles; at += 64, w.first += w.step) {
+    _tile_loadd(4, q + at, q_stride);
+    _tile_loadd(6, w.first, 64);
+    _tile_loadd(7, w.first + w.second, 64);
     _tile_dpbssd(0, 4, 6);
     _tile_dpbssd(1, 4, 7);
     if (ROW_TILES > 1) {
-      _tile_loadd(5, q + 16 * q_stride + 64 * t, q_stride);
+      _tile_loadd(5, lower + at, q_stride);
       _tile_dpbssd(2, 5, 6);
       _tile_dpbssd(3, 5, 7);
     }
+    before.some(share);
   }
+  before.some(before.end - before.row);
+  settle();
   _tile_stored(0, acc, kAccBytes);
   _tile_stored(1, acc + 16, kAccBytes);
   if (ROW_TILES > 1) _tile_stored(2, acc + kLower, kAccBytes);
   if (ROW_TILES > 1) _tile_stored(3, acc + kLower + 16, kAccBytes);
+  settle();
+}
+
+// Two columns of tiles from `column` on, all rows.
+template <class Scale>
+void two_columns(const Dot& d, __m512i table, int column, const Scale& scale) {
+  alignas(64) uint8_t panel[kPair * kPanelTiles * kTileBytes];
+  const int64_t tile_bytes = d.levels ? 512 : 1024, all = (d.line_count * 64 + tile_bytes - 1) / tile_bytes;
+  const int64_t second = column + 1 < d.columns ? d.column_bytes : 0;  // acc has room for a column that is not there
+  Waiting<Scale> before{scale};
+  for (int64_t t0 = 0; t0 == 0 || t0 < all; t0 += kPanelTiles) {
+    const int64_t tiles = all - t0 < kPanelTiles ? all - t0 : kPanelTiles;
+    const uint8_t* const codes = d.lines + column * d.column_bytes + t0 * tile_bytes;
+    Weights weights = {codes, tile_bytes, second};
+    if (d.levels) {
+      for (int64_t t = 0; t < tiles; ++t) {
+        look_up(table, codes + t * tile_bytes, panel + t * kPair * kTileBytes);
+        look_up(table, codes + t * tile_bytes + second, panel + t * kPair * kTileBytes + kTileBytes);
+      }
+      weights = {panel, kPair * kTileBytes, kTileBytes};
+    }
+    settle();
+    for (int64_t r = 0; r < d.m; r += 32) {
+      const int64_t rows = d.m - r < 32 ? d.m - r : 32;
+      const int8_t* q = d.q + r * d.q_stride + t0 * 64;
+      // Sums of one panel only pass through: two blocks in turn.
+      int32_t* acc = d.acc + (all <= kPanelTiles ? r / 32 % 2 * 32 : r) * kWidth;
+      if (rows > 16) {
+        pair_of_columns<2>(weights, tiles, q, d.q_stride, t0 == 0, acc, before);
+      } else {
+        pair_of_columns<1>(weights, tiles, q, d.q_stride, t0 == 0, acc, before);
+      }
+      if (t0 + tiles >= all) {
+        before.sums = acc;
+        before.row = r;
+        before.end = r + rows;
+      }
+    }
+  }
+  before.some(before.end - before.row);
 }
 
 void dot(const Dot& d, const Output& output) {
@@ -83,35 +149,11 @@ void dot(const Dot& d, const Output& output) {
   load_config(config);
   __m512i table = _mm512_setzero_si512();
   if (d.levels) table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(d.levels)));
-  alignas(64) uint8_t panel[kPair][kPanelTiles * kTileBytes];
-  const int lines_a_tile = d.levels ? 8 : 16;
-  const int64_t all = (d.line_count + lines_a_tile - 1) / lines_a_tile;
   for (int column = 0; column < d.columns; column += kPair) {
-    for (int64_t t0 = 0; t0 == 0 || t0 < all; t0 += kPanelTiles) {
-      const int64_t tiles = all - t0 < kPanelTiles ? all - t0 : kPanelTiles;
-      const uint8_t* weights[kPair];
-      for (int c = 0; c < kPair; ++c) {
-        const int from = column + c < d.columns ? column + c : column;  // acc has room for a column that is not there
-        weights[c] = d.lines + from * d.column_bytes + t0 * lines_a_tile * 64;
-        if (!d.levels) continue;
-        for (int64_t t = 0; t < tiles; ++t) look_up(table, weights[c] + t * 512, panel[c] + t * kTileBytes);
-        weights[c] = panel[c];
-      }
-      settle();
-      for (int64_t r = 0; r < d.m; r += 32) {
-        const int8_t* q = d.q + r * d.q_stride + t0 * 64;
-        int32_t* acc = d.acc + r * kWidth + 16 * column;
-        if (d.m - r > 16) {
-          pair_of_columns<2>(weights, tiles, q, d.q_stride, t0 == 0, acc);
-        } else {
-          pair_of_columns<1>(weights, tiles, q, d.q_stride, t0 == 0, acc);
-        }
-      }
-      settle();
-    }
+    with_scale<kPair>(output, column, [&](const auto& scale) { two_columns(d, table, column, scale); });
   }
   _tile_release();
-  scale(d.acc, 0, d.m, output);
+  finish(output);
 }
 
 // The kernel gives a process the use of tile data on request.

@@ -153,7 +153,11 @@ void dot_columns(const Decoder& decoder, const Dot& d, const uint8_t* lines, int
 
 template <class Decoder>
 void dot_with(const Decoder& decoder, const Dot& d, const Output& output) {
-  const auto scaled = [&](int64_t row, int64_t rows) { scale(d.acc, row, rows, output); };
+  const auto scaled = [&](int64_t row, int64_t rows) {
+    with_scale<kMaxColumns>(output, 0, [&](const auto& scale) {
+      for (int64_t r = row; r < row + rows; ++r) scale.row(d.acc + r * kWidth, r);
+    });
+  };
   if (d.columns == kMaxColumns) return dot_columns<kMaxColumns>(decoder, d, d.lines, d.acc, scaled);
   for (int c = 0; c < d.columns; ++c) {
     dot_columns<1>(decoder, d, d.lines + c * d.column_bytes, d.acc + 16 * c, [](int64_t, int64_t) {});
@@ -163,6 +167,7 @@ void dot_with(const Decoder& decoder, const Dot& d, const Output& output) {
 
 void dot(const Dot& d, const Output& output) {
   d.levels ? dot_with(Nibbles(d.levels), d, output) : dot_with(Bytes(), d, output);
+  finish(output);
 }
 
 }  // namespace

@@ -38,81 +38,122 @@ constexpr int kRound = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 // quotient (1 in 60) are divided after all. Reciprocals that are not normal numbers err more.
 // `symmetric`: no quotient is beyond the bounds, and there is no zero point.
 template <bool symmetric>
-int32_t quantize_as(const float* x, int64_t count, float scale, float low, float high, int32_t zero_point, int8_t* q) {
-  constexpr int kLargerMagnitude = 0b1011;  // of vrangeps
-  const __m512 least = _mm512_set1_ps(low), most = _mm512_set1_ps(high), divisor = _mm512_set1_ps(scale);
-  const __m512 factor = _mm512_set1_ps(1.0f / scale), near_half = _mm512_set1_ps(0.5f - 0x1p-13f);
-  const __m512i zero = _mm512_set1_epi32(zero_point);
-  const bool divide = scale < 0x1p-126f || 1.0f / scale < 0x1p-126f;
-  const auto clamp = [=](__m512 v) { return symmetric ? v : _mm512_min_ps(_mm512_max_ps(v, least), most); };
-  __m512i total = _mm512_setzero_si512();
-  for (int64_t j = 0; j < count; j += 64) {
-    const int64_t left = count - j;
-    const __mmask64 used = left >= 64 ? ~0ull : (1ull << left) - 1;
-    __m512 value[4], farthest = _mm512_setzero_ps();
+struct Quantize {
+  static constexpr int kLargerMagnitude = 0b1011;  // of vrangeps
+  __m512 least, most, divisor, factor, near_half = _mm512_set1_ps(0.5f - 0x1p-13f);
+  __m512i zero, total = _mm512_setzero_si512();
+  bool divide;
+
+  Quantize(float scale, float low, float high, int32_t zero_point)
+      : least(_mm512_set1_ps(low)),
+        most(_mm512_set1_ps(high)),
+        divisor(_mm512_set1_ps(scale)),
+        factor(_mm512_set1_ps(1.0f / scale)),
+        zero(_mm512_set1_epi32(zero_point)),
+        divide(scale < 0x1p-126f || 1.0f / scale < 0x1p-126f) {}
+
+  __m512 clamp(__m512 v) const { return symmetric ? v : _mm512_min_ps(_mm512_max_ps(v, least), most); }
+
+  __m512i codes(const __m512 x[4]) const {
+    __m512 off[4];
     __m512i code[4];
     UNROLL for (int i = 0; i < 4; ++i) {
-      value[i] = _mm512_maskz_loadu_ps(used >> 16 * i, x + j + 16 * i);
-      const __m512 v = clamp(_mm512_mul_ps(value[i], factor));
+      const __m512 v = clamp(_mm512_mul_ps(x[i], factor));
       code[i] = _mm512_cvt_roundps_epi32(v, kRound);
-      farthest = _mm512_range_ps(farthest, _mm512_sub_ps(v, _mm512_cvtepi32_ps(code[i])), kLargerMagnitude);
+      off[i] = _mm512_reduce_ps(v, kRound);
     }
+    const __m512 farthest = _mm512_range_ps(_mm512_range_ps(off[0], off[1], kLargerMagnitude),
+                                            _mm512_range_ps(off[2], off[3], kLargerMagnitude), kLargerMagnitude);
     if (divide || _mm512_cmp_ps_mask(farthest, near_half, _CMP_GT_OQ)) {
       UNROLL for (int i = 0; i < 4; ++i) {
-        code[i] = _mm512_cvt_roundps_epi32(clamp(_mm512_div_ps(value[i], divisor)), kRound);
+        code[i] = _mm512_cvt_roundps_epi32(clamp(_mm512_div_ps(x[i], divisor)), kRound);
       }
     }
     UNROLL for (int i = 0; i < 4; ++i) code[i] = symmetric ? code[i] : _mm512_add_epi32(code[i], zero);
-    const __m512i bytes = _mm512_maskz_mov_epi8(used, to_bytes(code));
-    total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), bytes);
-    _mm512_mask_storeu_epi8(q + j, used, bytes);
+    return to_bytes(code);
   }
-  return _mm512_reduce_add_epi32(total);
-}
+
+  int32_t operator()(const float* x, int64_t count, int8_t* q) {
+    __m512 value[4];
+    int64_t j = 0;
+    for (; j + 64 <= count; j += 64) {
+      UNROLL for (int i = 0; i < 4; ++i) {
+        // What follows is most often the next row.
+        _mm_prefetch(x + count + j + 16 * i, _MM_HINT_T0);
+        value[i] = _mm512_loadu_ps(x + j + 16 * i);
+      }
+      const __m512i bytes = codes(value);
+      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), bytes);
+      _mm512_storeu_si512(q + j, bytes);
+    }
+    if (j < count) {
+      const __mmask64 used = (1ull << (count - j)) - 1;
+      UNROLL for (int i = 0; i < 4; ++i) value[i] = _mm512_maskz_loadu_ps(used >> 16 * i, x + j + 16 * i);
+      const __m512i bytes = _mm512_maskz_mov_epi8(used, codes(value));
+      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), bytes);
+      _mm512_mask_storeu_epi8(q + j, used, bytes);
+    }
+    return _mm512_reduce_add_epi32(total);
+  }
+};
 
 int32_t quantize(const float* x, int64_t count, float scale, float low, float high, int32_t zero_point, int8_t* q) {
   // With these bounds x is within 127 scales, and a unit or two in the last place: it rounds to 127 at most.
   const bool symmetric = low == -127 && high == 127 && zero_point == 0;
-  return (symmetric ? quantize_as<true> : quantize_as<false>)(x, count, scale, low, high, zero_point, q);
+  return symmetric ? Quantize<true>(scale, low, high, zero_point)(x, count, q)
+                   : Quantize<false>(scale, low, high, zero_point)(x, count, q);
 }
 
-// Rows row .. row + rows of acc to y. Where there is no bias zero is added, which changes no bit: the sum before it
-// started from zero, and so is never minus zero.
-template <bool FIRST, bool STREAM>
-void scale_as(const int32_t* acc, int64_t row, int64_t rows, const Output& o) {
-  __mmask16 used[kMaxColumns];
-  __m512 s_w[kMaxColumns], bias[kMaxColumns];
-  __m512i offset[kMaxColumns];
-  for (int c = 0; c < kMaxColumns; ++c) {
-    used[c] = first_lanes(o.width - 16 * c);
-    s_w[c] = _mm512_loadu_ps(o.s_w + 16 * c);
-    bias[c] = o.bias ? _mm512_loadu_ps(o.bias + 16 * c) : _mm512_setzero_ps();
-    offset[c] = o.offset ? _mm512_loadu_si512(o.offset + 16 * c) : _mm512_setzero_si512();
+// Rows of sums to y, in COLUMNS columns of tiles from `column` on. Adding zero turns a bias of minus zero into zero;
+// the sum with it is then (0 + product) + bias, as the other units have it.
+template <int COLUMNS, bool FIRST, bool STREAM>
+struct Scale {
+  float* y;
+  int64_t y_stride;
+  const float* s_x;
+  __mmask16 used[COLUMNS];
+  __m512 s_w[COLUMNS], bias[COLUMNS];
+  __m512i offset[COLUMNS];
+
+  Scale(const Output& o, int column) : y(o.y + 16 * column), y_stride(o.y_stride), s_x(o.s_x) {
+    UNROLL for (int c = 0; c < COLUMNS; ++c) {
+      const int at = 16 * (column + c);
+      used[c] = first_lanes(o.width - at);
+      s_w[c] = _mm512_loadu_ps(o.s_w + at);
+      bias[c] = _mm512_setzero_ps();
+      if (o.bias) bias[c] = _mm512_add_ps(_mm512_loadu_ps(o.bias + at), bias[c]);
+      offset[c] = o.offset ? _mm512_loadu_si512(o.offset + at) : _mm512_setzero_si512();
+    }
   }
-  for (int64_t r = row; r < row + rows; ++r) {
-    const __m512 s_x = _mm512_set1_ps(o.s_x[r]);
-    float* y = o.y + r * o.y_stride;
-    UNROLL for (int c = 0; c < kMaxColumns; ++c) {
-      const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(acc + r * kWidth + 16 * c), offset[c]);
-      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(s_x, s_w[c]));
-      const __m512 start = FIRST ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(used[c], y + 16 * c);
-      const __m512 out = _mm512_add_ps(_mm512_add_ps(start, product), bias[c]);
+  void row(const int32_t* acc, int64_t r) const {
+    const __m512 token = _mm512_set1_ps(s_x[r]);
+    float* to = y + r * y_stride;
+    UNROLL for (int c = 0; c < COLUMNS; ++c) {
+      const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(acc + 16 * c), offset[c]);
+      __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(token, s_w[c]));
+      if (!FIRST) product = _mm512_add_ps(_mm512_maskz_loadu_ps(used[c], to + 16 * c), product);
+      const __m512 out = _mm512_add_ps(product, bias[c]);
       if (STREAM && used[c]) {
-        _mm512_stream_ps(y + 16 * c, out);
+        _mm512_stream_ps(to + 16 * c, out);
       } else {
-        _mm512_mask_storeu_ps(y + 16 * c, used[c], out);
+        _mm512_mask_storeu_ps(to + 16 * c, used[c], out);
       }
     }
   }
-  if (STREAM) _mm_sfence();
+};
+
+template <int COLUMNS, class Body>
+void with_scale(const Output& o, int column, const Body& body) {
+  if (o.stream) {
+    o.first ? body(Scale<COLUMNS, true, true>(o, column)) : body(Scale<COLUMNS, false, true>(o, column));
+  } else {
+    o.first ? body(Scale<COLUMNS, true, false>(o, column)) : body(Scale<COLUMNS, false, false>(o, column));
+  }
 }
 
-void scale(const int32_t* acc, int64_t row, int64_t rows, const Output& o) {
-  if (o.stream) {
-    o.first ? scale_as<true, true>(acc, row, rows, o) : scale_as<false, true>(acc, row, rows, o);
-  } else {
-    o.first ? scale_as<true, false>(acc, row, rows, o) : scale_as<false, false>(acc, row, rows, o);
-  }
+// What was written around the cache is there for other threads.
+void finish(const Output& o) {
+  if (o.stream) _mm_sfence();
 }
 
 }  // namespace

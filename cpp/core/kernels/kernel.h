@@ -5,7 +5,7 @@
 
 namespace potqat {
 
-constexpr int kMaxRows = 256;             // rows of activations in one call at most
+constexpr int kMaxRows = 512;             // rows of activations in one call at most
 constexpr int kMaxColumns = 4;            // columns of tiles (16 outputs each) in one call at most
 constexpr int kWidth = 16 * kMaxColumns;  // elements from one row of acc or y to the next
 constexpr int kRowPadding = 16;           // q, x and acc have room for whole multiples of so many rows
