@@ -51,13 +51,14 @@ def test_integer_linear_is_exact(isa, grid, granularity):
 
 
 @pytest.mark.parametrize("granularity", ["channel", 64])
-def test_large_outputs_are_exact(isa, granularity):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_outputs_are_exact(isa, granularity, dtype):
     """More than 1 MB, which is written around the cache, and more than one block of rows."""
     cfg = PoTConfig(granularity=granularity)
     packed, scale = make(400, 66, cfg)
-    x, bias = torch.randn(700, 66), torch.randn(400)
+    x, bias = torch.randn(700, 66).to(dtype), torch.randn(400)
     ours = potqat.linear(x, packed, scale, bias, cfg, out_features=400)
-    assert torch.equal(ours, oracle(x, packed, scale, bias, cfg, 400))
+    assert torch.equal(ours, oracle(x, packed, scale, bias, cfg, 400).to(dtype))
 
 
 @pytest.mark.parametrize("grid", GRIDS)

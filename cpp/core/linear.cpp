@@ -131,23 +131,52 @@ class Blocks {
   void rows(int64_t r0, int64_t count) {
     // float32 of one group, or of few rows: results go where they belong. Else they gather here, and are cast and
     // copied at the end.
-    const bool direct = a_.dtype == DType::kFloat32 && (groups_ == 1 || count <= kRowPadding);
+    const bool together = table_.groups_together && groups_ > 1 && a_.q.group_size % kTileInputs == 0 &&
+                          a_.activations != Activations::kFloat && !in_.zero_point && count >= kManyRows;
+    const bool direct = a_.dtype == DType::kFloat32 && (groups_ == 1 || together || count <= kRowPadding);
     float* y = direct ? static_cast<float*>(a_.out) + r0 * a_.n + n0_ : y_;
     const int64_t y_stride = direct ? a_.n : kWidth;
+    if (together) {
+      dot_together(r0, count, y, y_stride);
+    } else {
+      dot_each(r0, count, y, y_stride, direct && stream_);
+    }
+    if (direct) return;
+    for (int64_t r = 0; r < count; ++r) store(y_ + r * kWidth, width_, a_.dtype, a_.out, (r0 + r) * a_.n + n0_);
+  }
+
+  void dot_together(int64_t r0, int64_t count, float* y, int64_t y_stride) {
+    const int64_t step = std::max<int64_t>(1, kGroupedInputs / a_.q.group_size);
+    for (int64_t group = 0; group < groups_; group += step) {
+      const int64_t groups = std::min(step, groups_ - group), first = group * a_.q.group_size;
+      const bool last = group + groups == groups_;
+      const bool stream = stream_ && y != y_ && groups == groups_;
+      const Output output = {in_.scale.data() + r0,
+                             a_.scale + group * a_.n + n0_,
+                             last && a_.bias ? a_.bias + n0_ : nullptr,
+                             nullptr,
+                             group == 0,
+                             stream,
+                             width_,
+                             y,
+                             y_stride,
+                             a_.n};
+      dot(group, groups, first, last ? a_.k : first + groups * a_.q.group_size, r0, count, output);
+    }
+  }
+
+  void dot_each(int64_t r0, int64_t count, float* y, int64_t y_stride, bool stream) {
     float padded[2][kWidth];
     for_each_group(a_.k, a_.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
       const float* scale = whole_width(a_.scale + group * a_.n + n0_, padded[0]);
       const float* bias = a_.bias && last == a_.k ? whole_width(a_.bias + n0_, padded[1]) : nullptr;
-      const Output output = {in_.scale.data() + r0, scale,  bias, nullptr, group == 0,
-                             direct && stream_,     width_, y,    y_stride};
+      const Output output = {in_.scale.data() + r0, scale, bias, nullptr, group == 0, stream, width_, y, y_stride, 0};
       if (a_.activations == Activations::kFloat) {
         dot_float(first, last, r0, count, output);
       } else {
-        dot(group, first, last, r0, count, output);
+        dot(group, 1, first, last, r0, count, output);
       }
     });
-    if (direct) return;
-    for (int64_t r = 0; r < count; ++r) store(y_ + r * kWidth, width_, a_.dtype, a_.out, (r0 + r) * a_.n + n0_);
   }
 
   // kWidth numbers that can be read: a copy where the output ends before. Touches those of the next columns: the scales
@@ -164,21 +193,32 @@ class Blocks {
   }
   int64_t line_count(int64_t inputs) const { return (inputs + inputs_a_line() - 1) / inputs_a_line(); }
 
-  void dot(int64_t group, int64_t first, int64_t last, int64_t r0, int64_t count, Output output) {
+  void dot(int64_t group, int64_t groups, int64_t first, int64_t last, int64_t r0, int64_t count, Output output) {
     const bool whole_tiles = first % kTileInputs == 0 && (last % kTileInputs == 0 || last == a_.k);
     const auto block = [&](int64_t row, int64_t m) {
       const int8_t* q = in_.q.get() + row * in_.stride + first;
       const int32_t* q_sum = in_.q_sum.data() + row * groups_ + group;
-      return Dot{lines(first), column_bytes_, columns_, line_count(last - first),
-                 whole_tiles,  levels_,       q,        in_.stride,
-                 q_sum,        groups_,       m,        acc_};
+      return Dot{lines(first),
+                 column_bytes_,
+                 columns_,
+                 line_count(last - first),
+                 whole_tiles,
+                 levels_,
+                 q,
+                 in_.stride,
+                 q_sum,
+                 groups_,
+                 m,
+                 acc_,
+                 groups,
+                 a_.q.group_size / kTileInputs};
     };
     int32_t offset[kWidth] = {};
     if (in_.zero_point) {  // sum of level * (q - zp) = sum of level * q - zp * sum of level
       const float one = 1.0f;
       float ones[kWidth], level_sum[kWidth];
       std::fill_n(ones, kWidth, 1.0f);
-      table_.dot(block(a_.m, 1), {&one, ones, nullptr, nullptr, true, false, width_, level_sum, kWidth});
+      table_.dot(block(a_.m, 1), {&one, ones, nullptr, nullptr, true, false, width_, level_sum, kWidth, 0});
       // Exact: kMaxInputs * 127 < 2^24.
       for (int c = 0; c < width_; ++c) offset[c] = in_.zero_point * static_cast<int32_t>(level_sum[c]);
       output.offset = offset;

@@ -8,6 +8,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <type_traits>
+
 #include "kernel.h"
 
 #include "assign.inl"
@@ -17,11 +19,12 @@
 namespace potqat {
 namespace {
 
-constexpr int kLeastRows = 8;  // fewer are faster without tiles, which take the time of 16 rows whatever is in them
-constexpr int kPair = 2;       // columns of tiles, and tiles of rows, under way at once: 4 sums
+constexpr int kPair = 2;  // columns of tiles, and tiles of rows, under way at once: 4 sums
 constexpr int kPanelTiles =
     64;  // 4096 inputs: 128 KiB, more than the first-level cache, but sums then stay in registers
 constexpr int kTileBytes = 1024;
+constexpr int kBlockRows = 32;
+static_assert(kGroupedInputs <= 64 * kPanelTiles);
 
 // Registers: 0..3 sums [row tile][column], 4..5 activations, 6..7 weights; all 16 rows of 64 bytes.
 struct alignas(64) TileConfig {
@@ -36,6 +39,8 @@ void load_config(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"
 // The tile intrinsics do not tell which memory they read and write.
 void settle() { asm volatile("" : : : "memory"); }
 
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 void look_up(__m512i table, const uint8_t* lines, uint8_t* tile) {
   for (int j = 0; j < 8; ++j) {
     const __m512i bytes = _mm512_loadu_si512(lines + 64 * j);
@@ -44,17 +49,61 @@ void look_up(__m512i table, const uint8_t* lines, uint8_t* tile) {
   }
 }
 
-// Sums of up to 32 rows and two columns that wait to be scaled: a few rows at every step of the next block's products,
-// which the tile unit works on meanwhile.
+// Sums of a block that wait to be scaled: a few rows at every step of the next block's products, while the tile unit
+// works. Of one group:
 template <class Scale>
-struct Waiting {
+struct OneGroup {
   const Scale& scale;
   const int32_t* sums = nullptr;
   int64_t row = 0, end = 0;
+
+  void next(const int32_t* acc, int64_t r, int64_t rows, int64_t) {
+    sums = acc;
+    row = r;
+    end = r + rows;
+  }
   void some(int64_t rows) {
-    for (const int64_t stop = row + rows < end ? row + rows : end; row < stop; ++row, sums += kWidth) {
-      scale.row(sums, row);
+    for (const int64_t stop = least(row + rows, end); row < stop; ++row, sums += kWidth) scale.row(sums, row);
+  }
+};
+
+// Of several groups: before the last one, y is `partial`.
+struct Groups {
+  const Output& output;
+  const int column;
+  const int64_t groups;
+  Output block = {};  // rows from row 0 on
+  const int32_t* sums = nullptr;
+  const float* from = nullptr;
+  int64_t from_stride = 0, row = 0, end = 0;
+  alignas(64) float partial[kBlockRows * kWidth];
+
+  Groups(const Output& o, int at, int64_t count) : output(o), column(at), groups(count) {}
+  void next(const int32_t* acc, int64_t r, int64_t rows, int64_t group) {
+    block = output;
+    block.s_x += r;
+    block.s_w += group * block.s_w_stride;
+    block.y += r * block.y_stride;
+    block.first = block.first && group == 0;
+    from = group ? partial + 16 * column : block.y + 16 * column;
+    from_stride = group ? kWidth : block.y_stride;
+    if (group + 1 < groups) {
+      block.y = partial;
+      block.y_stride = kWidth;
+      block.bias = nullptr;
+      block.stream = false;
     }
+    sums = acc;
+    row = 0;
+    end = rows;
+  }
+  void some(int64_t rows) {
+    if (row == end) return;
+    with_scale<kPair>(block, column, [&](auto scale) {
+      scale.from = from;
+      scale.from_stride = from_stride;
+      for (const int64_t stop = least(row + rows, end); row < stop; ++row) scale.row(sums + row * kWidth, row);
+    });
   }
 };
 
@@ -64,10 +113,11 @@ struct Weights {
   int64_t step, second;
 };
 
-// Up to 32 rows times two columns over `tiles` tiles of 64 inputs: acc = or += .
-template <int ROW_TILES, class Scale>
+// Up to 32 rows times two columns over `tiles` tiles of 64 inputs: acc = or += . At every step a few rows of the block
+// before are scaled, while the tile unit works.
+template <int ROW_TILES, class Waiting>
 void pair_of_columns(Weights w, int64_t tiles, const int8_t* q, int64_t q_stride, bool first, int32_t* acc,
-                     Waiting<Scale>& before) {
+                     Waiting& before) {
   constexpr int64_t kAccBytes = kWidth * sizeof(int32_t), kLower = 16 * kWidth;
   if (first) {
     _tile_zero(0);
@@ -105,14 +155,15 @@ void pair_of_columns(Weights w, int64_t tiles, const int8_t* q, int64_t q_stride
 }
 
 // Two columns of tiles from `column` on, all rows.
-template <class Scale>
-void two_columns(const Dot& d, __m512i table, int column, const Scale& scale) {
+template <class Waiting>
+void two_columns(const Dot& d, __m512i table, int column, Waiting&& before) {
   alignas(64) uint8_t panel[kPair * kPanelTiles * kTileBytes];
   const int64_t tile_bytes = d.levels ? 512 : 1024, all = (d.line_count * 64 + tile_bytes - 1) / tile_bytes;
   const int64_t second = column + 1 < d.columns ? d.column_bytes : 0;  // acc has room for a column that is not there
-  Waiting<Scale> before{scale};
+  const bool one_panel = all <= kPanelTiles;
+  int turn = 0;
   for (int64_t t0 = 0; t0 == 0 || t0 < all; t0 += kPanelTiles) {
-    const int64_t tiles = all - t0 < kPanelTiles ? all - t0 : kPanelTiles;
+    const int64_t tiles = least(kPanelTiles, all - t0);
     const uint8_t* const codes = d.lines + column * d.column_bytes + t0 * tile_bytes;
     Weights weights = {codes, tile_bytes, second};
     if (d.levels) {
@@ -123,20 +174,21 @@ void two_columns(const Dot& d, __m512i table, int column, const Scale& scale) {
       weights = {panel, kPair * kTileBytes, kTileBytes};
     }
     settle();
-    for (int64_t r = 0; r < d.m; r += 32) {
-      const int64_t rows = d.m - r < 32 ? d.m - r : 32;
-      const int8_t* q = d.q + r * d.q_stride + t0 * 64;
-      // Sums of one panel only pass through: two blocks in turn.
-      int32_t* acc = d.acc + (all <= kPanelTiles ? r / 32 % 2 * 32 : r) * kWidth;
-      if (rows > 16) {
-        pair_of_columns<2>(weights, tiles, q, d.q_stride, t0 == 0, acc, before);
-      } else {
-        pair_of_columns<1>(weights, tiles, q, d.q_stride, t0 == 0, acc, before);
-      }
-      if (t0 + tiles >= all) {
-        before.sums = acc;
-        before.row = r;
-        before.end = r + rows;
+    for (int64_t r = 0; r < d.m; r += kBlockRows) {
+      const int64_t rows = least(kBlockRows, d.m - r);
+      for (int64_t group = 0; group < d.groups; ++group) {
+        const int64_t first = group * d.group_tiles, count = d.groups > 1 ? least(d.group_tiles, all - first) : tiles;
+        const int8_t* q = d.q + r * d.q_stride + (t0 + first) * 64;
+        const Weights part = {weights.first + first * weights.step, weights.step, weights.second};
+        // Sums of one panel only pass through: two blocks in turn.
+        int32_t* acc = d.acc + (one_panel ? turn * kBlockRows : r) * kWidth;
+        turn = 1 - turn;
+        if (rows > 16) {
+          pair_of_columns<2>(part, count, q, d.q_stride, t0 == 0, acc, before);
+        } else {
+          pair_of_columns<1>(part, count, q, d.q_stride, t0 == 0, acc, before);
+        }
+        if (t0 + tiles >= all) before.next(acc, r, rows, group);
       }
     }
   }
@@ -144,13 +196,19 @@ void two_columns(const Dot& d, __m512i table, int column, const Scale& scale) {
 }
 
 void dot(const Dot& d, const Output& output) {
-  if (d.m < kLeastRows || !d.whole_tiles) return kAvx512VbmiTable.dot(d, output);
+  if (d.m < kManyRows || !d.whole_tiles) return kAvx512VbmiTable.dot(d, output);
   const TileConfig config;
   load_config(config);
   __m512i table = _mm512_setzero_si512();
   if (d.levels) table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(d.levels)));
   for (int column = 0; column < d.columns; column += kPair) {
-    with_scale<kPair>(output, column, [&](const auto& scale) { two_columns(d, table, column, scale); });
+    if (d.groups > 1) {
+      two_columns(d, table, column, Groups(output, column, d.groups));
+    } else {
+      with_scale<kPair>(output, column, [&](const auto& scale) {
+        two_columns(d, table, column, OneGroup<std::remove_cvref_t<decltype(scale)>>{scale});
+      });
+    }
   }
   _tile_release();
   finish(output);
@@ -172,5 +230,5 @@ bool supported() {
 #include "calibrate.inl"
 
 namespace potqat {
-const KernelTable kAmxTable = {"amx", supported, dot, dot_float, absmax, quantize, assign, ste, peak, read};
+const KernelTable kAmxTable = {"amx", supported, dot, dot_float, absmax, quantize, assign, ste, peak, read, true};
 }  // namespace potqat

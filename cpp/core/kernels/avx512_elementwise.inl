@@ -104,24 +104,26 @@ int32_t quantize(const float* x, int64_t count, float scale, float low, float hi
                    : Quantize<false>(scale, low, high, zero_point)(x, count, q);
 }
 
-// Rows of sums to y, in COLUMNS columns of tiles from `column` on. Adding zero turns a bias of minus zero into zero;
-// the sum with it is then (0 + product) + bias, as the other units have it.
+// Rows of sums to y, in COLUMNS columns of tiles from `column` on, added to `from` if they are not the FIRST. Adding
+// zero turns a bias of minus zero into zero; the sum with it is then (0 + product) + bias, as the other units have it.
 template <int COLUMNS, bool FIRST, bool STREAM>
 struct Scale {
   float* y;
-  int64_t y_stride;
+  const float* from;
+  int64_t y_stride, from_stride;
   const float* s_x;
   __mmask16 used[COLUMNS];
   __m512 s_w[COLUMNS], bias[COLUMNS];
   __m512i offset[COLUMNS];
 
-  Scale(const Output& o, int column) : y(o.y + 16 * column), y_stride(o.y_stride), s_x(o.s_x) {
+  Scale(const Output& o, int column)
+      : y(o.y + 16 * column), from(y), y_stride(o.y_stride), from_stride(o.y_stride), s_x(o.s_x) {
     UNROLL for (int c = 0; c < COLUMNS; ++c) {
       const int at = 16 * (column + c);
       used[c] = first_lanes(o.width - at);
-      s_w[c] = _mm512_loadu_ps(o.s_w + at);
+      s_w[c] = _mm512_maskz_loadu_ps(used[c], o.s_w + at);
       bias[c] = _mm512_setzero_ps();
-      if (o.bias) bias[c] = _mm512_add_ps(_mm512_loadu_ps(o.bias + at), bias[c]);
+      if (o.bias) bias[c] = _mm512_add_ps(_mm512_maskz_loadu_ps(used[c], o.bias + at), bias[c]);
       offset[c] = o.offset ? _mm512_loadu_si512(o.offset + at) : _mm512_setzero_si512();
     }
   }
@@ -131,7 +133,7 @@ struct Scale {
     UNROLL for (int c = 0; c < COLUMNS; ++c) {
       const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(acc + 16 * c), offset[c]);
       __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(token, s_w[c]));
-      if (!FIRST) product = _mm512_add_ps(_mm512_maskz_loadu_ps(used[c], to + 16 * c), product);
+      if (!FIRST) product = _mm512_add_ps(_mm512_maskz_loadu_ps(used[c], from + r * from_stride + 16 * c), product);
       const __m512 out = _mm512_add_ps(product, bias[c]);
       if (STREAM && used[c]) {
         _mm512_stream_ps(to + 16 * c, out);

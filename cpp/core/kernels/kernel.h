@@ -8,6 +8,8 @@ namespace potqat {
 constexpr int kMaxRows = 512;             // rows of activations in one call at most
 constexpr int kMaxColumns = 4;            // columns of tiles (16 outputs each) in one call at most
 constexpr int kWidth = 16 * kMaxColumns;  // elements from one row of acc or y to the next
+constexpr int kManyRows = 8;              // from here on units with tiles use them
+constexpr int kGroupedInputs = 4096;      // in one call with several groups at most
 constexpr int kRowPadding = 16;           // q, x and acc have room for whole multiples of so many rows
 
 // A block of the integer product: a run of lines (see potqat.h) of neighbouring columns of tiles, and rows of q.
@@ -26,20 +28,23 @@ struct Dot {
   int64_t q_sum_stride;
   int64_t m;  // 1 .. kMaxRows
   int32_t* acc;
+  int64_t groups;       // in the run; more than one only where the table takes groups together
+  int64_t group_tiles;  // of 64 inputs; the last group may have fewer
 };
 
 // y[r][c] = (first ? 0 : y[r][c]) + float(acc[r][c] - offset[c]) * (s_x[r] * s_w[c]), and + bias[c]; every operation
 // rounded. A kernel does it for a few rows at a time, while their sums are in the cache.
 struct Output {
   const float* s_x;       // [m]
-  const float* s_w;       // [kWidth]
-  const float* bias;      // [kWidth] or null
+  const float* s_w;       // [kWidth]; of several groups [groups, width], s_w_stride apart
+  const float* bias;      // [kWidth] or null; [width] with several groups
   const int32_t* offset;  // [kWidth] or null
   bool first;
   bool stream;  // y is more than a cache holds: write around it; lines are whole and aligned then
   int width;    // outputs, 1 .. 16 * columns
   float* y;
   int64_t y_stride;
+  int64_t s_w_stride;
 };
 
 // The integer product with float activations: products are rounded, then added, inputs ascending.
@@ -84,6 +89,8 @@ struct KernelTable {
   int64_t (*peak)(int64_t rounds);
   // Calibration: exclusive or of the 8-byte words of a buffer, as fast as memory gives them.
   uint64_t (*read)(const uint8_t* data, int64_t bytes);
+  // dot takes several groups at once, from kManyRows rows on and without an offset: y is the sum over them, in order.
+  bool groups_together = false;
 };
 
 extern const KernelTable kScalarTable;
