@@ -1,14 +1,12 @@
 // AMX int8 for eight rows and more, AVX-512 VBMI below. A tile register takes 16 rows of 64 bytes, and a 512-byte tile
 // of 4-bit codes, looked up, is one: line j becomes rows 2j and 2j + 1, four inputs of 16 outputs each. int8 tiles are
-// read as they are. Two columns of tiles are looked up once into a panel in the first-level cache and used for all
-// rows; tdpbssd takes signed operands, so there is no bias.
+// read as they are. Two columns of tiles are looked up once into a panel and used for all rows; tdpbssd takes signed
+// operands, so there is no bias.
 #include <cpuid.h>
 #include <immintrin.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include <type_traits>
 
 #include "kernel.h"
 
@@ -19,11 +17,10 @@
 namespace potqat {
 namespace {
 
-constexpr int kPair = 2;  // columns of tiles, and tiles of rows, under way at once: 4 sums
-constexpr int kPanelTiles =
-    64;  // 4096 inputs: 128 KiB, more than the first-level cache, but sums then stay in registers
+constexpr int kPair = 2;         // columns of tiles, and tiles of rows, under way at once: 4 sums
+constexpr int kPanelTiles = 64;  // 4096 inputs, 128 KiB: in the second-level cache, but sums stay in registers
 constexpr int kTileBytes = 1024;
-constexpr int kBlockRows = 32;
+constexpr int kBlockRows = 16 * kPair;
 static_assert(kGroupedInputs <= 64 * kPanelTiles);
 
 // Registers: 0..3 sums [row tile][column], 4..5 activations, 6..7 weights; all 16 rows of 64 bytes.
@@ -205,8 +202,8 @@ void dot(const Dot& d, const Output& output) {
     if (d.groups > 1) {
       two_columns(d, table, column, Groups(output, column, d.groups));
     } else {
-      with_scale<kPair>(output, column, [&](const auto& scale) {
-        two_columns(d, table, column, OneGroup<std::remove_cvref_t<decltype(scale)>>{scale});
+      with_scale<kPair>(output, column, [&]<class Scale>(const Scale& scale) {
+        two_columns(d, table, column, OneGroup<Scale>{scale});
       });
     }
   }
