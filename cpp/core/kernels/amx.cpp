@@ -50,33 +50,36 @@ void look_up(__m512i table, const uint8_t* lines, uint8_t* tile) {
 // works. Of one group:
 template <class Scale>
 struct OneGroup {
-  const Scale& scale;
+  const Scale scales[kMaxColumns / kPair];
+  const Scale* scale = nullptr;
   const int32_t* sums = nullptr;
   int64_t row = 0, end = 0;
 
-  void next(const int32_t* acc, int64_t r, int64_t rows, int64_t) {
+  void next(const int32_t* acc, int column, int64_t r, int64_t rows, int64_t) {
+    scale = scales + column / kPair;
     sums = acc;
     row = r;
     end = r + rows;
   }
   void some(int64_t rows) {
-    for (const int64_t stop = least(row + rows, end); row < stop; ++row, sums += kWidth) scale.row(sums, row);
+    for (const int64_t stop = least(row + rows, end); row < stop; ++row, sums += kWidth) scale->row(sums, row);
   }
 };
 
 // Of several groups: before the last one, y is `partial`.
 struct Groups {
   const Output& output;
-  const int column;
   const int64_t groups;
+  int column = 0;
   Output block = {};  // rows from row 0 on
   const int32_t* sums = nullptr;
   const float* from = nullptr;
   int64_t from_stride = 0, row = 0, end = 0;
   alignas(64) float partial[kBlockRows * kWidth];
 
-  Groups(const Output& o, int at, int64_t count) : output(o), column(at), groups(count) {}
-  void next(const int32_t* acc, int64_t r, int64_t rows, int64_t group) {
+  Groups(const Output& o, int64_t count) : output(o), groups(count) {}
+  void next(const int32_t* acc, int at, int64_t r, int64_t rows, int64_t group) {
+    column = at;
     block = output;
     block.s_x += r;
     block.s_w += group * block.s_w_stride;
@@ -153,12 +156,11 @@ void pair_of_columns(Weights w, int64_t tiles, const int8_t* q, int64_t q_stride
 
 // Two columns of tiles from `column` on, all rows.
 template <class Waiting>
-void two_columns(const Dot& d, __m512i table, int column, Waiting&& before) {
+void two_columns(const Dot& d, __m512i table, int column, Waiting& before) {
   alignas(64) uint8_t panel[kPair * kPanelTiles * kTileBytes];
   const int64_t tile_bytes = d.levels ? 512 : 1024, all = (d.line_count * 64 + tile_bytes - 1) / tile_bytes;
   const int64_t second = column + 1 < d.columns ? d.column_bytes : 0;  // acc has room for a column that is not there
   const bool one_panel = all <= kPanelTiles;
-  int turn = 0;
   for (int64_t t0 = 0; t0 == 0 || t0 < all; t0 += kPanelTiles) {
     const int64_t tiles = least(kPanelTiles, all - t0);
     const uint8_t* const codes = d.lines + column * d.column_bytes + t0 * tile_bytes;
@@ -177,19 +179,23 @@ void two_columns(const Dot& d, __m512i table, int column, Waiting&& before) {
         const int64_t first = group * d.group_tiles, count = d.groups > 1 ? least(d.group_tiles, all - first) : tiles;
         const int8_t* q = d.q + r * d.q_stride + (t0 + first) * 64;
         const Weights part = {weights.first + first * weights.step, weights.step, weights.second};
-        // Sums of one panel only pass through: two blocks in turn.
-        int32_t* acc = d.acc + (one_panel ? turn * kBlockRows : r) * kWidth;
-        turn = 1 - turn;
+        // Sums of one panel only pass through: those before are out of the way when a block is done.
+        int32_t* acc = d.acc + (one_panel ? 0 : r * kWidth);
         if (rows > 16) {
           pair_of_columns<2>(part, count, q, d.q_stride, t0 == 0, acc, before);
         } else {
           pair_of_columns<1>(part, count, q, d.q_stride, t0 == 0, acc, before);
         }
-        if (t0 + tiles >= all) before.next(acc, r, rows, group);
+        if (t0 + tiles >= all) before.next(acc, column, r, rows, group);
       }
     }
   }
-  before.some(before.end - before.row);
+}
+
+template <class Waiting>
+void all_columns(const Dot& d, __m512i table, Waiting waiting) {
+  for (int column = 0; column < d.columns; column += kPair) two_columns(d, table, column, waiting);
+  waiting.some(waiting.end - waiting.row);
 }
 
 void dot(const Dot& d, const Output& output) {
@@ -198,14 +204,12 @@ void dot(const Dot& d, const Output& output) {
   load_config(config);
   __m512i table = _mm512_setzero_si512();
   if (d.levels) table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(d.levels)));
-  for (int column = 0; column < d.columns; column += kPair) {
-    if (d.groups > 1) {
-      two_columns(d, table, column, Groups(output, column, d.groups));
-    } else {
-      with_scale<kPair>(output, column, [&]<class Scale>(const Scale& scale) {
-        two_columns(d, table, column, OneGroup<Scale>{scale});
-      });
-    }
+  if (d.groups > 1) {
+    all_columns(d, table, Groups(output, d.groups));
+  } else {
+    with_scale<kPair>(output, 0, [&]<class Scale>(const Scale& first) {
+      all_columns(d, table, OneGroup<Scale>{{first, Scale(output, kPair)}});
+    });
   }
   _tile_release();
   finish(output);
