@@ -154,7 +154,7 @@ void dot_columns(const Decoder& decoder, const Dot& d, const uint8_t* lines, int
 template <class Decoder>
 void dot_with(const Decoder& decoder, const Dot& d, const Output& output) {
   const auto scaled = [&](int64_t row, int64_t rows) {
-    with_scale<kMaxColumns>(output, 0, [&](const auto& scale) {
+    with_scale<kMaxColumns>(output, 0, [&](const auto& scale) ALWAYS_INLINE {
       for (int64_t r = row; r < row + rows; ++r) scale.row(d.acc + r * kWidth, r);
     });
   };

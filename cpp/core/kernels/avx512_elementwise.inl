@@ -2,6 +2,8 @@
 
 // Loops over registers must be gone before GCC decides what lives in memory.
 #define UNROLL _Pragma("GCC unroll 8")
+// And what holds registers must not be handed over in memory.
+#define ALWAYS_INLINE __attribute__((always_inline))
 
 namespace potqat {
 namespace {
@@ -44,7 +46,7 @@ struct Quantize {
   __m512i zero, total = _mm512_setzero_si512();
   bool divide;
 
-  Quantize(float scale, float low, float high, int32_t zero_point)
+  ALWAYS_INLINE Quantize(float scale, float low, float high, int32_t zero_point)
       : least(_mm512_set1_ps(low)),
         most(_mm512_set1_ps(high)),
         divisor(_mm512_set1_ps(scale)),
@@ -54,7 +56,7 @@ struct Quantize {
 
   __m512 clamp(__m512 v) const { return symmetric ? v : _mm512_min_ps(_mm512_max_ps(v, least), most); }
 
-  __m512i codes(const __m512 x[4]) const {
+  ALWAYS_INLINE __m512i codes(const __m512 x[4]) const {
     __m512 off[4];
     __m512i code[4];
     UNROLL for (int i = 0; i < 4; ++i) {
@@ -73,7 +75,7 @@ struct Quantize {
     return to_bytes(code);
   }
 
-  int32_t operator()(const float* x, int64_t count, int8_t* q) {
+  ALWAYS_INLINE int32_t operator()(const float* x, int64_t count, int8_t* q) {
     __m512 value[4];
     int64_t j = 0;
     for (; j + 64 <= count; j += 64) {
@@ -116,7 +118,7 @@ struct Scale {
   __m512 s_w[COLUMNS], bias[COLUMNS];
   __m512i offset[COLUMNS];
 
-  Scale(const Output& o, int column)
+  ALWAYS_INLINE Scale(const Output& o, int column)
       : y(o.y + 16 * column), from(y), y_stride(o.y_stride), from_stride(o.y_stride), s_x(o.s_x) {
     UNROLL for (int c = 0; c < COLUMNS; ++c) {
       const int at = 16 * (column + c);
@@ -127,7 +129,7 @@ struct Scale {
       offset[c] = o.offset ? _mm512_loadu_si512(o.offset + at) : _mm512_setzero_si512();
     }
   }
-  void row(const int32_t* acc, int64_t r) const {
+  ALWAYS_INLINE void row(const int32_t* acc, int64_t r) const {
     const __m512 token = _mm512_set1_ps(s_x[r]);
     float* to = y + r * y_stride;
     UNROLL for (int c = 0; c < COLUMNS; ++c) {
