@@ -74,7 +74,7 @@ def _smoothing(
     """(what smooths a block before it is calibrated, names of the layers that read something smoothed so far). The
     blocks that ``kept`` knows of are smoothed at once; after an error all are as they were."""
     floats = smooth.float_modules(model, {name: site.module for name, site in sites.items()})
-    int8 = [name for name, site in sites.items() if site.cfg.activations == "int8"]
+    int8 = [n for n, site in sites.items() if site.cfg.activations == "int8" and site.cfg.grid in smooth.GRIDS]
     known = {} if kept is None else kept.load_smoothings()
     applied: list[smooth.Smoothing] = []
     readers: set[str] = set()

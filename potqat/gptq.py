@@ -15,12 +15,10 @@ from potqat.config import PoTConfig
 from potqat.reference import expand_scale
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: GPTQ's
-# Of each diagonal entry, added to it. How inputs go together is known from few tokens, and is another thing in another
-# text: the less is built on it, the more of it holds there. What was tried is in CHANGELOG.
-RIDGE = 1.0
 BLOCK = 128  # inputs whose errors are passed on at once
 # Over all inputs after the first pass. Of SmolLM2's change of outputs the first takes 7-13% off, the third 1%.
 SWEEPS = 3
+CORRECTION = 0.5  # 0, 0.5 and 1 were tried on held-out text: CHANGELOG
 _ONE = torch.ones(1, 1)
 
 
@@ -41,13 +39,13 @@ def compensate(w: torch.Tensor, scale: torch.Tensor, moment: torch.Tensor, cfg: 
     """
     k = w.shape[1]
     order = moment.diagonal().argsort(descending=True, stable=True)
-    seen = regular(moment[order][:, order])
+    damped = _damped(moment[order][:, order])
     # An input a row: what is rounded in one step lies together.
     target = w.detach().float().t()[order]
     steps = expand_scale(scale, k, cfg.group_size).t()[order]
-    rounded = _pass_on_errors(target.clone(), steps, _inverse_factor(seen), cfg)
+    rounded = _pass_on_errors(target.clone(), steps, _inverse_factor(damped), cfg)
     for _ in range(SWEEPS):
-        _improve(rounded, target, steps, seen.float(), cfg)
+        _improve(rounded, target, steps, damped.float(), cfg)
     return torch.empty_like(rounded).index_copy_(0, order, rounded).t().contiguous()
 
 
@@ -95,32 +93,29 @@ def _by_channel(grid: str) -> PoTConfig:
     return PoTConfig(grid=grid)
 
 
-def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
+def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor of the inverse, float32 [K, K] of float64."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def regular(moment: torch.Tensor) -> torch.Tensor:
-    """The second moment that rounding goes by, float64 [K, K], positive definite: what was seen, and more of its
-    diagonal."""
-    moment = moment.to(torch.float64, copy=True)
-    diagonal = moment.diagonal()
-    mean = diagonal.mean()
-    diagonal.mul_(1 + RIDGE).add_(DAMPING * mean if mean > 0 else 1.0)
-    return moment
+def _damped(moment: torch.Tensor) -> torch.Tensor:
+    damped = moment.to(torch.float64, copy=True)
+    mean = damped.diagonal().mean()
+    damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    return damped
 
 
 @torch.no_grad()
 def corrected(w: torch.Tensor, moment: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
     """The weight that gives on the inputs x of the quantized model what w [N, K] gives on x', those of the float one,
-    as nearly as a linear map can that stays near w: float32 [N, K].
+    as nearly as a linear map can, by the share CORRECTION: float32 [N, K].
 
-    That is ridge regression, w + w D M^-1, with M the ``regular`` mean of x x^T and D, the drift, that of (x' - x) x^T.
-    GPTAQ (arXiv 2504.02692) has the same aim. With no more than damping it fits the calibration text alone.
+    The least squares solution is w + w D M^-1, with M the mean of x x^T and D, the drift, that of (x' - x) x^T; GPTAQ
+    (arXiv 2504.02692) has the same aim. The whole of it fits the calibration text and loses on another one.
     """
-    change = torch.cholesky_solve((w.detach().double() @ drift.double()).t(), torch.linalg.cholesky(regular(moment)))
-    return w.detach().float() + change.t().float()
+    change = torch.cholesky_solve((w.detach().double() @ drift.double()).t(), torch.linalg.cholesky(_damped(moment)))
+    return w.detach().float() + CORRECTION * change.t().float()
 
 
 @torch.no_grad()

@@ -31,7 +31,6 @@ def plain_loops(w, scale, moment, cfg, sweeps):
     w, n, k = w.double().clone(), *w.shape
     target = w.clone()
     h = moment.double() + gptq.DAMPING * moment.diagonal().mean() * torch.eye(k, dtype=torch.float64)
-    h += gptq.RIDGE * torch.diag(moment.diagonal().double())
     level = torch.tensor(reference.levels(cfg.grid), dtype=torch.float64)
     signed = torch.cat([level, -level[1:]])
     order = left = sorted(range(k), key=lambda j: -moment[j, j])
@@ -149,8 +148,7 @@ def test_fewer_tokens_than_inputs_and_tiny_or_huge_ones():
 
 def test_sweeps_never_change_the_outputs_more(monkeypatch):
     w, moment = problem(8, 200)
-    moment += 0.01 * moment.diagonal().mean() * torch.eye(200)
-    monkeypatch.setattr(gptq, "regular", lambda moment: moment)  # the sweeps minimize the change that it gives
+    moment += gptq.DAMPING * moment.diagonal().mean() * torch.eye(200)  # the sweeps minimize the damped change
     cfg = PoTConfig()
     scale = potqat.compute_scale(w, cfg)
     errors = []
@@ -168,10 +166,10 @@ def test_the_corrected_weight_brings_the_outputs_nearer_to_the_float_ones(monkey
     moment, drift = x.t() @ x / 500, (float_x - x).t() @ x / 500
     expected = float_x @ w.double().t()
     before = (x @ w.double().t() - expected).square().sum()
-    near = (x @ gptq.corrected(w, moment, drift).double().t() - expected).square().sum()
-    assert near < 0.5 * before
+    halfway = (x @ gptq.corrected(w, moment, drift).double().t() - expected).square().sum()
+    assert halfway < 0.5 * before
+    monkeypatch.setattr(gptq, "CORRECTION", 1.0)
     monkeypatch.setattr(gptq, "DAMPING", 1e-12)
-    monkeypatch.setattr(gptq, "RIDGE", 0.0)
     best = torch.linalg.lstsq(x, expected).solution.t()
     torch.testing.assert_close(gptq.corrected(w, moment, drift), best.float(), rtol=1e-4, atol=1e-4)
     assert torch.equal(gptq.corrected(w, moment, torch.zeros(40, 40)), w)

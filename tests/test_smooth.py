@@ -150,6 +150,17 @@ def test_float_activations_are_not_smoothed():
 # ---- What has no exact form is left ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("grid", ["e2m1", "int4"])
+def test_grids_without_room_for_large_weights_are_not_smoothed(grid):
+    model = make("llama")
+    before = copy.deepcopy(model.state_dict())
+    report = potqat.quantize_(model, potqat.PoTConfig(grid=grid, scale="output", rounding="gptq"), calibration=batches())
+    assert not any("smoothed" in note for note in report.notes)
+    norms = {name: tensor for name, tensor in model.state_dict().items() if "norm" in name}
+    assert norms
+    assert all(torch.equal(tensor, before[name]) for name, tensor in norms.items())
+
+
 def test_a_tensor_that_something_else_reads_is_left():
     model, data = make("llama"), batches()
     done = smoothed(model, data, leave=("k_proj", "up_proj"))
