@@ -154,7 +154,9 @@ def test_float_activations_are_not_smoothed():
 def test_grids_without_room_for_large_weights_are_not_smoothed(grid):
     model = make("llama")
     before = copy.deepcopy(model.state_dict())
-    report = potqat.quantize_(model, potqat.PoTConfig(grid=grid, scale="output", rounding="gptq"), calibration=batches())
+    report = potqat.quantize_(
+        model, potqat.PoTConfig(grid=grid, scale="output", rounding="gptq"), calibration=batches()
+    )
     assert not any("smoothed" in note for note in report.notes)
     norms = {name: tensor for name, tensor in model.state_dict().items() if "norm" in name}
     assert norms
