@@ -147,9 +147,6 @@ def test_float_activations_are_not_smoothed():
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in norms)
 
 
-# ---- What has no exact form is left ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("grid", ["e2m1", "int4"])
 def test_grids_without_room_for_large_weights_are_not_smoothed(grid):
     model = make("llama")
@@ -161,6 +158,9 @@ def test_grids_without_room_for_large_weights_are_not_smoothed(grid):
     norms = {name: tensor for name, tensor in model.state_dict().items() if "norm" in name}
     assert norms
     assert all(torch.equal(tensor, before[name]) for name, tensor in norms.items())
+
+
+# ---- What has no exact form is left ---------------------------------------------------------------------------
 
 
 def test_a_tensor_that_something_else_reads_is_left():
