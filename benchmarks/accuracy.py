@@ -3,9 +3,10 @@
     python benchmarks/accuracy.py MODEL --calibration valid.txt --text test.txt --text other.txt --work DIR
 
 An arm is GRID-GRANULARITY-METHOD with options, as pot4-channel-gptq, e2m1-32-gptq-float, pot4-128-gptq-seed1:
-METHOD is absmax, mse, output (scales; rounding to nearest), absmax+gptq (error compensation on such scales) or gptq
-(what --calibration does by default); float takes float activations, not int8; seedN another sample of the calibration
-text; embedding the arm's grid for embeddings, not int8. Folders made elsewhere, as by training, are --packed NAME=DIR.
+METHOD is absmax, mse, output (scales; rounding to nearest), absmax+gptq (error compensation on such scales), gptq
+(what --calibration does by default) or reconstruct (blocks trained from there); float takes float activations, not
+int8; seedN another sample of the calibration text; embedding the arm's grid for embeddings, not int8. Folders made
+elsewhere, as by training, are --packed NAME=DIR.
 
 The other text of README's table is section A (A1 to A5, Markdown, in order) of An Anarchist FAQ 15.3, as it is in
 Debian's package `anarchism`.
@@ -46,12 +47,14 @@ METHODS = {  # options of potqat quantize
     "output": ("--scale", "output", *NEAREST),
     "absmax+gptq": ("--scale", "absmax", "--rounding", "gptq"),
     "gptq": (),
+    "reconstruct": ("--rounding", "reconstruct"),
 }
 UNCALIBRATED = ("absmax", "mse")
 NAME = re.compile(rf"({'|'.join(GRIDS)})-(channel|tensor|\d+)-([a-z+]+)((?:-(?:float|embedding|seed\d+))*)")
 ARMS = (
     *(f"pot4-{granularity}-{method}" for granularity in ("channel", 128, 32) for method in METHODS),
     *(f"{grid}-{granularity}-gptq" for grid in ("e2m1", "int4") for granularity in ("channel", 128, 32)),
+    *(f"{grid}-{granularity}-reconstruct" for grid in ("e2m1", "int4") for granularity in ("channel", 128, 32)),
     *(f"{grid}-{granularity}-absmax" for grid in ("e2m1", "int4") for granularity in ("channel", 32)),
     *(f"{grid}-channel-gptq-seed{seed}" for grid in ("pot4", "e2m1") for seed in (0, 1)),
     "pot4-channel-gptq-float",

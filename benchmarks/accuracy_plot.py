@@ -8,7 +8,7 @@ from typing import Any
 from potqat.flows.results import save_figure
 
 GRID_COLORS = {"pot4": "#0072B2", "e2m1": "#009E73", "int4": "#D55E00", "int8": "0.4"}
-METHOD_MARKERS = {"absmax": "x", "mse": "+", "output": "^", "absmax+gptq": "s", "gptq": "o"}
+METHOD_MARKERS = {"absmax": "x", "mse": "+", "output": "^", "absmax+gptq": "s", "gptq": "o", "reconstruct": "D"}
 OTHER = "#CC79A7", "*"  # a folder made elsewhere
 
 

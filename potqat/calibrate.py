@@ -62,6 +62,7 @@ def walk(
     batches: Sequence[torch.Tensor],
     floats: Mapping[str, nn.Module],
     before: Callable[[str, list[Callable[[], torch.Tensor]]], None] | None = None,
+    after: Callable[[str, list[Callable[[], torch.Tensor]], list[torch.Tensor]], None] | None = None,
 ) -> Iterator[Inputs]:
     """Yield the inputs of each layer that is float as yet, in the order of their calls.
 
@@ -76,6 +77,8 @@ def walk(
             [..., K]. One that is never called comes with a count of 0.
         before: called with the name of each block, and a run of it on each row of the batches, before its first
             inputs; it may change the block's weights, but not what it returns.
+        after: called with the name of each block, such runs, and what the float model has in the place of their
+            results, after its last inputs; it may replace the block's layers once more.
 
     Raises:
         ValueError: the model does not run on the first batch, or has no such blocks.
@@ -101,6 +104,8 @@ def walk(
             if before is not None:
                 before(names[chain.blocks[i]], chain.runs(i))
             yield from chain.inputs(members, i)
+            if after is not None:
+                after(names[chain.blocks[i]], chain.runs(i), chain.targets(members, i))
             if late or i + 1 < len(inside):
                 chain.advance(members, i)
         yield from chain.inputs(late, len(inside))
@@ -218,6 +223,20 @@ class _Chain:
         rows = ((b, slice(row, row + 1)) for b, ids in enumerate(self.batches) for row in range(len(ids)))
         return [functools.partial(self._run, at, b, self.hidden, row) for b, row in rows]
 
+    def targets(self, names: list[str], at: int) -> list[torch.Tensor]:
+        """What the float model has after block ``at``, which holds the layers ``names``: a tensor for each of runs."""
+        return [
+            rows[row : row + 1]
+            for rows in (self._float_output(b, names, at) for b in range(len(self.batches)))
+            for row in range(len(rows))
+        ]
+
+    def _float_output(self, b: int, names: list[str], at: int) -> torch.Tensor | None:
+        if b not in self._float_outputs:
+            with self._float(names):
+                self._float_outputs[b] = self._run(at, b, self.hidden_float)
+        return self._float_outputs[b]
+
     @contextmanager
     def _float(self, names: list[str]) -> Iterator[None]:
         """The float layers in their places, while it lasts."""
@@ -235,10 +254,8 @@ class _Chain:
         those that enter the first block."""
         for b in range(len(self.batches)):
             self.hidden[b] = self._run(at, b, self.hidden)
-            if b not in self._float_outputs:
-                with self._float(names):
-                    self._float_outputs[b] = self._run(at, b, self.hidden_float)
-            self.hidden_float[b] = self._float_outputs.pop(b)
+            self.hidden_float[b] = self._float_output(b, names, at)
+            del self._float_outputs[b]
 
     def inputs(self, names: list[str], at: int) -> Iterator[Inputs]:
         """The inputs of those of the layers ``names`` that are float, which block ``at`` calls (-1: what comes before

@@ -13,6 +13,7 @@ from torch import nn
 from potqat import calibrate, gptq, modules, ops, smooth
 from potqat.modules import PackedLinear
 from potqat.plan import Site
+from potqat.reconstruct import reconstruct
 from potqat.report import Entry, sqnr_db
 from potqat.unfinished import Unfinished
 
@@ -45,26 +46,47 @@ def pack_layers(
         ValueError: the model does not run on the batches, or a layer's inputs hold NaN or infinity.
     """
     sites = {site.name: site for site in layers.values()}
-    with _smoothing(model, sites, kept) as (before, smoothed):
-        entries = []
-        for layer, site in layers.items():
-            if kept is not None and (found := kept.load(site.name)):
-                tensors, entry = found
-                new = _packed(site, tensors["packed"], tensors["scale"], entry.sqnr_db)
-                entries.append(entry)
-                modules.replace(model, {layer: new})
-        floats = {name: site.module for name, site in sites.items()}
-        for inputs in calibrate.walk(model, batches, floats, before):
+    sites = {site.name: site for site in layers.values()}
+    floats = {name: site.module for name, site in sites.items()}
+    to_learn = [name for name, site in sites.items() if site.cfg.rounding == "reconstruct"]
+    entries: dict[str, Entry] = {}
+
+    def put(name: str, new: nn.Module) -> None:
+        modules.replace(model, {model.get_submodule(name): new})
+
+    with _smoothing(model, sites, kept) as (smooth_block, smoothed):
+        for name, site in sites.items():
+            if kept is not None and (found := kept.load(name)):
+                tensors, entries[name] = found
+                put(name, _packed(site, tensors["packed"], tensors["scale"], entries[name].sqnr_db))
+        learning: dict[str, Site] = {}  # layers of the block that is at work, if it is to be learned
+
+        def before(block: str, runs: list) -> None:
+            inside = {name: sites[name] for name in to_learn if name.startswith(f"{block}.")}
+            if any(name not in entries for name in inside):  # a block is learned as a whole, and so kept
+                learning.update(inside)
+                for name in inside:
+                    put(name, floats[name])
+            smooth_block(block, runs)
+
+        def after(block: str, runs: list, targets: list) -> None:
+            if learning:
+                for name, (new, entry) in _reconstructed(model, learning, entries, runs, targets).items():
+                    finish(name, new, entry)
+                learning.clear()
+
+        def finish(name: str, new: PackedLinear, entry: Entry) -> None:
+            put(name, new)
+            entries[name] = entry
+            if kept is not None and (name not in learning or entry.block_error is not None):
+                kept.save(name, new, entry)
+
+        for inputs in calibrate.walk(model, batches, floats, before, after if to_learn else None):
             for name in inputs.names:
-                site = sites[name]
                 if not inputs.moment.isfinite().all():
                     raise ValueError(f"{name}: its inputs hold NaN or infinity in calibration; check the model")
-                new, entry = _calibrated(site, inputs, name in smoothed)
-                entries.append(entry)
-                modules.replace(model, {site.module: new})
-                if kept is not None:
-                    kept.save(name, new, entry)
-    return entries
+                finish(name, *_calibrated(sites[name], inputs, name in smoothed))
+    return list(entries.values())
 
 
 @contextmanager
@@ -108,7 +130,7 @@ def _calibrated(site: Site, inputs: calibrate.Inputs, smoothed: bool = False) ->
     importance = inputs.moment.diagonal().float() if cfg.weighs_outputs else None
     scale = ops.compute_scale(weight, cfg, importance)
     source = weight
-    if cfg.rounding == "gptq":
+    if cfg.compensates:
         source = gptq.compensate(gptq.corrected(weight, inputs.moment, inputs.drift), scale, inputs.moment, cfg)
     new = _packed(site, ops.pack(source, scale, cfg), scale, sqnr_db(weight, scale, cfg, source))
     default = replace(cfg, scale="absmax", rounding="nearest")
@@ -122,6 +144,23 @@ def _calibrated(site: Site, inputs: calibrate.Inputs, smoothed: bool = False) ->
         output_error_nearest=gptq.output_error(weight, plain, inputs.moment),
     )  # fmt: skip
     return new, entry
+
+
+def _reconstructed(
+    model: nn.Module, sites: dict[str, Site], entries: dict[str, Entry], runs: list, targets: list
+) -> dict[str, tuple[PackedLinear, Entry]]:
+    """The layers ``sites`` of a block, with the scales and the weights that they have learned together."""
+    learned, before, after = reconstruct(model, sites, runs, targets)
+    found = {}
+    for name, (weight, scale) in learned.items():
+        site = sites[name]
+        sqnr = sqnr_db(site.weight.detach(), scale, site.cfg, weight)
+        entry = replace(
+            entries[name], sqnr_db=sqnr, output_error=None, output_error_nearest=None, block_error=after,
+            block_error_before=before,
+        )  # fmt: skip
+        found[name] = _packed(site, ops.pack(weight, scale, site.cfg), scale, sqnr), entry
+    return found
 
 
 def _packed(site: Site, codes: torch.Tensor, scale: torch.Tensor, sqnr: float | None) -> PackedLinear:

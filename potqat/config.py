@@ -12,7 +12,7 @@ from typing import Any
 
 GRIDS = ("pot4", "e2m1", "int4", "int8")
 SCALES = ("absmax", "mse", "output", "learned", "paper")
-ROUNDINGS = ("nearest", "log", "paper", "gptq")
+ROUNDINGS = ("nearest", "log", "paper", "gptq", "reconstruct")
 STES = ("clipped", "identity")
 PACKED_GROUP_MULTIPLE = 32
 
@@ -34,7 +34,9 @@ class PoTConfig:
             at ``eps``; for granularity ``"tensor"``).
         rounding: ``"nearest"`` (ties to the larger magnitude), ``"log"`` (nearest in the log domain),
             ``"paper"`` (to an integer first, then ``log``), ``"gptq"`` (nearest, with error compensation along the
-            inputs; needs calibration data. Training starts from such weights and rounds to nearest from there).
+            inputs; needs calibration data. Training starts from such weights and rounds to nearest from there),
+            ``"reconstruct"`` (gptq, and then the weights and scales of each block trained together towards what the
+            float block returns).
         activations: ``"int8"`` (per token, symmetric, dynamic) or None (float activations).
         embedding_grid: grid of embeddings and of heads tied to them; None leaves them float.
         skip: module names or globs left float, matched on the whole path or on any segment of it.
@@ -99,20 +101,24 @@ class PoTConfig:
         return "output" in (self.scale, self.scale_init if self.scale == "learned" else None)
 
     @property
+    def compensates(self) -> bool:
+        """Whether weights are changed to make up for the errors of rounding others."""
+        return self.rounding in ("gptq", "reconstruct")
+
+    @property
     def needs_calibration(self) -> bool:
-        return self.weighs_outputs or self.rounding == "gptq"
+        return self.weighs_outputs or self.compensates
 
     @property
     def without_calibration(self) -> PoTConfig:
         """The same for a weight without statistics of its inputs: least squared error, rounding to nearest."""
         scale, init = ("mse" if method == "output" else method for method in (self.scale, self.scale_init))
-        rounding = "nearest" if self.rounding == "gptq" else self.rounding
-        return dataclasses.replace(self, scale=scale, scale_init=init, rounding=rounding)
+        return dataclasses.replace(self, scale=scale, scale_init=init, rounding=self.level_rounding)
 
     @property
     def level_rounding(self) -> str:
-        """How a single value becomes a level: ``gptq`` changes the values and takes the nearest level to each."""
-        return "nearest" if self.rounding == "gptq" else self.rounding
+        """How a single value becomes a level: where values are changed, by the nearest level to each."""
+        return "nearest" if self.compensates else self.rounding
 
     def groups(self, in_features: int) -> int:
         """Number of scales along the inputs of one output feature, at least 1."""

@@ -19,10 +19,10 @@ def check_trainable(cfg: PoTConfig) -> None:
             "scale='output' goes by calibration statistics, which change in training; train with scale='learned', and "
             "scale_init='output' to start from it"
         )
-    if cfg.rounding == "gptq" and cfg.scale != "learned":
+    if cfg.compensates and cfg.scale != "learned":
         raise ValueError(
-            f"rounding='gptq' compensates for one scale, and scale={cfg.scale!r} moves with the weight in training; "
-            "train with scale='learned'"
+            f"rounding={cfg.rounding!r} compensates for one scale, and scale={cfg.scale!r} moves with the weight in "
+            "training; train with scale='learned'"
         )
 
 
@@ -48,8 +48,8 @@ class PoTFakeQuantize(nn.Module):
         check_trainable(cfg)
         if cfg.needs_calibration:
             raise ValueError(
-                "rounding='gptq' and scale_init='output' start training from calibrated weights; call "
-                "prepare_qat_(model, cfg, calibration=[int64 [B, T] token ids, ...]), or train with rounding='nearest'"
+                f"rounding={cfg.rounding!r} and scale_init={cfg.scale_init!r} start training from calibrated weights; "
+                "call prepare_qat_(model, cfg, calibration=[int64 [B, T] token ids, ...]), or train with rounding='nearest'"
             )
         self.enabled = True
         if scale is None:
@@ -90,6 +90,14 @@ class PoTFakeQuantize(nn.Module):
             return ops.fake_quantize(weight, self.scale(weight), self.cfg)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
+
+    @torch.no_grad()
+    def start(self, weight: torch.Tensor) -> torch.Tensor:
+        """Float32 [N, K] to train from: ``weight``, which is on the grid of this scale, with a gradient everywhere.
+
+        The scale, kept as log2, may differ in the last bit, and level * scale / scale is not always level: the next
+        number towards 0 is within the top level."""
+        return torch.nextafter(self(weight), torch.zeros(()))
 
     def pack(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(packed, scale [G, N]) of what ``forward`` gives in eval mode, bit for bit."""

@@ -71,6 +71,9 @@ class QATEmbedding(nn.Embedding):
         return F.embedding(ids, self.weight_fake_quant(self.weight, self.observe), self.padding_idx)
 
 
+TWINS = {"linear": QATLinear, "conv1d": QATConv1D, "embedding": QATEmbedding}
+
+
 class Packed(nn.Module):
     """What packed modules share: buffers ``packed`` (uint8) and ``scale`` (float32 [G, N]), and how to read them.
 

@@ -98,7 +98,7 @@ def check_calibration(sites: list[Site], given: bool) -> None:
     needing = [site for site in sites if site.cfg is not None and site.cfg.needs_calibration]
     if needing and not given:
         cfg = needing[0].cfg
-        what = "rounding='gptq'" if cfg.rounding == "gptq" else "scale='output'"
+        what = f"rounding={cfg.rounding!r}" if cfg.compensates else "scale='output'"
         raise ValueError(
             f"potqat: {needing[0].name}: {what} needs calibration data; pass calibration=[int64 [B, T] token "
             "ids, ...], or use scale='mse' and rounding='nearest'"

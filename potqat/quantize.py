@@ -19,17 +19,12 @@ from potqat.modules import (
     Packed,
     PackedEmbedding,
     PackedLinear,
-    QATConv1D,
-    QATEmbedding,
-    QATLinear,
     TiedEmbedding,
     TiedLinear,
 )
 from potqat.plan import Site, check_calibration, check_packable, plan, poor_without_calibration
 from potqat.report import Entry, Report, sqnr_db
 from potqat.unfinished import Unfinished, work_hash
-
-TWINS = {"linear": QATLinear, "conv1d": QATConv1D, "embedding": QATEmbedding}
 
 
 def quantize_(
@@ -48,10 +43,10 @@ def quantize_(
             and take ``cfg.embedding_grid``.
         cfg: what to do, and what to skip.
         calibration: batches of token ids, int64 [B, T], of text like that which the model will read; 16,000 tokens or
-            more, from all over it. ``scale="output"`` and ``rounding="gptq"`` need it. The model must be one that is
-            called with token ids and holds its blocks in an nn.ModuleList, as GPT, GPT-2 and Llama do. Blocks are
-            quantized in order, each on what the packed ones before it return; what is held is one layer's statistics
-            and two hidden states of every token.
+            more, from all over it. ``scale="output"`` and ``rounding="gptq"`` or ``"reconstruct"`` need it. The model
+            must be one that is called with token ids and holds its blocks in an nn.ModuleList, as GPT, GPT-2 and Llama
+            do. Blocks are quantized in order, each on what the packed ones before it return; what is held is one layer's statistics
+            and two hidden states of every token, and, where a block is reconstructed, a third and AdamW's state of it.
         unfinished: folder that keeps each calibrated layer until all are done, so that the same call, on the same
             model, goes on where one was stopped; it is deleted at the end. None: keep nothing.
 
@@ -127,9 +122,7 @@ def prepare_qat_(
             return _fake_quant(site)
         new = PoTFakeQuantize(site.weight, site.cfg, site.name, start.scale)
         with torch.no_grad():
-            # Its scale, kept as log2, may differ in the last bit, and level * scale / scale is not always level: the
-            # next number towards 0 is within the top level, where weights get a gradient.
-            site.weight.copy_(torch.nextafter(new(start.dequantize()), torch.zeros(())))
+            site.weight.copy_(new.start(start.dequantize()))
         return new
 
     report = _replace(model, sites, fake_quant, packed=False)
@@ -148,7 +141,7 @@ def convert_(model: nn.Module) -> Report:
     Raises:
         ValueError: the model holds no QAT module, or one on a grid without a packed form. The model is untouched.
     """
-    kinds = {twin: kind for kind, twin in TWINS.items()}
+    kinds = {twin: kind for kind, twin in modules.TWINS.items()}
     sites = [
         Site(name, module, kinds[type(module)], module.weight_fake_quant.cfg)
         for name, module in model.named_modules()
@@ -192,6 +185,12 @@ def _replace_calibrated(
         report.notes.append(
             f"{len(smoothed)} layers ({leaves}) have smoothed inputs: channels that are large are divided by powers of "
             "two where they are made, and their weights multiplied; the float model's outputs do not change"
+        )
+    if blocks := {(e.block_error_before, e.block_error) for e in report.entries if e.block_error is not None}:
+        first, last = (sum(errors) / len(blocks) for errors in zip(*blocks, strict=True))
+        report.notes.append(
+            f"{len(blocks)} blocks reconstructed: the squared change of their outputs, relative to the float model's, "
+            f"is {last:.3%} on average, {first:.3%} before"
         )
     if plain:
         report.notes.append(
@@ -278,7 +277,7 @@ def _packed(site: Site, owner: Packed | None, fake_quant_of: Callable[[Site], Po
 
 def _twin(site: Site, owner: nn.Module | None, fake_quant_of: Callable[[Site], PoTFakeQuantize]) -> nn.Module:
     fake_quant = owner.weight_fake_quant if owner is not None else fake_quant_of(site)
-    return TWINS[site.kind](site.module, fake_quant, observe=owner is None)
+    return modules.TWINS[site.kind](site.module, fake_quant, observe=owner is None)
 
 
 def _error(site: Site, twin: nn.Module) -> float:

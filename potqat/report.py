@@ -22,7 +22,9 @@ class Entry:
 
     Only of a calibrated layer: ``method`` says how, and ``output_error`` is the squared change of its outputs on the
     calibration data relative to their squares; ``output_error_nearest`` the same with absmax scales and rounding to
-    nearest, which is what it would be without calibration.
+    nearest, which is what it would be without calibration. Of a layer in a reconstructed block: ``block_error`` is the
+    squared change of the block's outputs, relative to the float model's, the mean over calibration tokens;
+    ``block_error_before`` that before it was trained.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Entry:
     method: str = ""
     output_error: float | None = None
     output_error_nearest: float | None = None
+    block_error: float | None = None
+    block_error_before: float | None = None
 
 
 @dataclass

@@ -30,7 +30,9 @@ def plain_loops(w, scale, moment, cfg, sweeps):
     float64, and the inverse of what is left anew at each step. Then sweeps that try every level for every weight."""
     w, n, k = w.double().clone(), *w.shape
     target = w.clone()
-    h = moment.double() + gptq.DAMPING * moment.diagonal().mean() * torch.eye(k, dtype=torch.float64)
+    eye = torch.eye(k, dtype=torch.float64)
+    correlations = torch.where(eye == 1, 1.0, 1 - gptq.SHRINKAGE)
+    h = moment.double() * correlations + gptq.DAMPING * moment.diagonal().mean() * eye
     level = torch.tensor(reference.levels(cfg.grid), dtype=torch.float64)
     signed = torch.cat([level, -level[1:]])
     order = left = sorted(range(k), key=lambda j: -moment[j, j])

@@ -68,8 +68,9 @@ def add(verbs) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--rounding", choices=ROUNDINGS,
-        help="to the nearest level, to the nearest logarithm, as the papers' code, or with error compensation (gptq; "
-        f"needs --calibration) (default: {DEFAULT.rounding}; with --calibration {CALIBRATED['rounding']})",
+        help="to the nearest level, to the nearest logarithm, as the papers' code, with error compensation (gptq), or "
+        "that and each block trained from there (reconstruct; takes longer); the last two need --calibration "
+        f"(default: {DEFAULT.rounding}; with --calibration {CALIBRATED['rounding']})",
     )  # fmt: skip
     parser.add_argument(
         "--target-loss", type=float, metavar="X",
