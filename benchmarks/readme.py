@@ -102,8 +102,8 @@ def _accuracy() -> list[str]:
         "",
         "Bytes a weight are those of the linear layers, scales included; MB are of the whole model. Methods: absmax, "
         "mse and output choose scales (by the largest weight, by squared error of weights, of outputs) and round to "
-        "nearest; gptq compensates errors on output scales, which is the default of `--calibration`; reconstruct trains "
-        "blocks from there (`--rounding reconstruct`). A sample is "
+        "nearest; gptq compensates errors on output scales, which is the default of `--calibration`; reconstruct "
+        "trains each block from there (`--rounding reconstruct`). A sample is "
         f"another draw of the calibration text. {machine['cpu']}, {machine['isa']}, threads: {machine['threads']}.",
     ]
     samples: dict[str, list[dict]] = {}

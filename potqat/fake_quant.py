@@ -48,8 +48,8 @@ class PoTFakeQuantize(nn.Module):
         check_trainable(cfg)
         if cfg.needs_calibration:
             raise ValueError(
-                f"rounding={cfg.rounding!r} and scale_init={cfg.scale_init!r} start training from calibrated weights; "
-                "call prepare_qat_(model, cfg, calibration=[int64 [B, T] token ids, ...]), or train with rounding='nearest'"
+                "rounding='gptq' and scale_init='output' start training from calibrated weights; call "
+                "prepare_qat_(model, cfg, calibration=[int64 [B, T] token ids, ...]), or train with rounding='nearest'"
             )
         self.enabled = True
         if scale is None:

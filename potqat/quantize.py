@@ -45,8 +45,8 @@ def quantize_(
         calibration: batches of token ids, int64 [B, T], of text like that which the model will read; 16,000 tokens or
             more, from all over it. ``scale="output"`` and ``rounding="gptq"`` or ``"reconstruct"`` need it. The model
             must be one that is called with token ids and holds its blocks in an nn.ModuleList, as GPT, GPT-2 and Llama
-            do. Blocks are quantized in order, each on what the packed ones before it return; what is held is one layer's statistics
-            and two hidden states of every token, and, where a block is reconstructed, a third and AdamW's state of it.
+            do. Blocks are quantized in order, each on what the packed ones before it return; what is held is one
+            layer's statistics and two hidden states of every token, and of a block that is reconstructed AdamW's state.
         unfinished: folder that keeps each calibrated layer until all are done, so that the same call, on the same
             model, goes on where one was stopped; it is deleted at the end. None: keep nothing.
 
