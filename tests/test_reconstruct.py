@@ -51,8 +51,10 @@ def errors(model, expected, data):
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("grid", "granularity"), [("pot4", "channel"), ("e2m1", 32), ("pot4", "tensor")])
+@pytest.mark.parametrize(
+    ("kind", "grid", "granularity"),
+    [("own", "pot4", "channel"), ("gpt2", "pot4", "tensor"), ("llama", "pot4", "channel"), ("llama", "e2m1", 32)],
+)
 def test_blocks_return_what_the_float_ones_do_more_nearly_than_after_error_compensation(kind, grid, granularity):
     model, data = make(kind), batches(6, b=4)
     cfg = replace(CFG, grid=grid, granularity=granularity, embedding_grid=None)

@@ -111,10 +111,14 @@ def _calibration_bytes(
     chosen = calibrated.split(sites)[0].values()
     layer = max(8 * 8 * k**2 + 6 * 4 * n * k for n, k in (site.weight.shape for site in chosen))
     inputs: Counter[str] = Counter()  # by block, float32; layers that share them (q, k, v) are counted each
+    learned: Counter[str] = Counter()  # by block: weights, gradients, AdamW's state, what is rounded, in two dtypes
     for site in chosen:
         block = re.match(r"(.*?\.\d+\.)?", site.name)[0]
         inputs[block] += 4 * tokens * site.weight.shape[1]
-    return hidden + max(logits, layer + max(inputs.values()))
+        if site.cfg.rounding == "reconstruct":
+            learned[block] += 24 * site.weight.numel()
+    targets = hidden // 2 if learned else 0
+    return hidden + targets + max(logits, layer + max(inputs.values()), *learned.values())
 
 
 def _packed_bytes(site: Site) -> int:
