@@ -96,7 +96,7 @@ def _smoothing(
     """(what smooths a block before it is calibrated, names of the layers that read something smoothed so far). The
     blocks that ``kept`` knows of are smoothed at once; after an error all are as they were."""
     floats = smooth.float_modules(model, {name: site.module for name, site in sites.items()})
-    int8 = [n for n, site in sites.items() if site.cfg.activations == "int8" and site.cfg.grid in smooth.GRIDS]
+    int8 = {name: site.cfg for name, site in sites.items() if site.cfg.activations == "int8"}
     known = {} if kept is None else kept.load_smoothings()
     applied: list[smooth.Smoothing] = []
     readers: set[str] = set()
@@ -106,7 +106,7 @@ def _smoothing(
         readers.update(name for smoothing in smoothings for name in smoothing.readers)
 
     def before(block: str, runs: list) -> None:
-        inside = [name for name in int8 if name.startswith(f"{block}.")]
+        inside = {name: cfg for name, cfg in int8.items() if name.startswith(f"{block}.")}
         if block in known or not inside:
             return
         note(smooth.smooth(block, floats, inside, runs))

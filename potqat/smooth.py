@@ -2,7 +2,8 @@
 
 int8 activations are rounded with one step a token, that of its largest value. SmoothQuant (arXiv 2211.10438) divides
 the channels of the inputs and multiplies the weights that read them. Here all factors are powers of two: then a float
-block returns the same bits as before, in every dtype, which is checked each time, not assumed.
+block returns the same bits as before, in every dtype, which is checked each time, not assumed. Weights that grow are
+harder to round, the more so on grids of even levels, so factors are chosen by what both errors do to the outputs.
 """
 
 from __future__ import annotations
@@ -15,15 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from potqat import ops
+from potqat.config import PoTConfig
 from potqat.modules import kind_of
 
 SAMPLE, SAMPLE_RUNS = 1024, 16  # tokens that the factors are chosen on, and rows that they are taken from, at most
 # A channel of largest value a has the factor a^strength, rounded to a power of two with one of these phases.
-STRENGTHS = (0.5, 0.625, 0.75, 0.875, 1.0)
-PHASES = (0.0, 0.25, 0.5, 0.75)
-# Grids with room for the weights that grow: levels a power of two apart, or many of them. On the others rounding loses
-# more by it than int8 activations gain: CHANGELOG has e2m1.
-GRIDS = ("pot4", "int8")
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+PHASES = (0.0, 0.5)
 LESS = 0.99  # an error must be so much smaller to be better: sums in another order do not decide
 
 Run = Callable[[], torch.Tensor]
@@ -72,8 +72,11 @@ def float_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str
 
 
 @torch.no_grad()
-def smooth(block: str, floats: Mapping[str, nn.Module], readers: Sequence[str], runs: Sequence[Run]) -> list[Smoothing]:
-    """Choose and apply what lowers the error of int8 activations in a block; the block then returns the same bits.
+def smooth(
+    block: str, floats: Mapping[str, nn.Module], readers: Mapping[str, PoTConfig], runs: Sequence[Run]
+) -> list[Smoothing]:
+    """Choose and apply what lowers the error of int8 activations and rounded weights in a block, which then returns the
+    same bits as before in float.
 
     Found are layers that are called on the very tensor that a norm returned, and the ``down_proj`` of a gated MLP,
     whose inputs ``up_proj`` scales (Llama). Others, as behind GPT-2's GELU, have no exact form and are left.
@@ -81,7 +84,7 @@ def smooth(block: str, floats: Mapping[str, nn.Module], readers: Sequence[str], 
     Args:
         block: its name.
         floats: of float_modules.
-        readers: names of the float linear layers in the block that will have int8 activations.
+        readers: the float linear layers in the block that will have int8 activations, and how they are quantized.
         runs: a run of the block on each row of the calibration batches; returns the hidden states.
     """
     found = _pairs({n: m for n, m in floats.items() if n.startswith(f"{block}.")}, readers, runs[0])
@@ -89,7 +92,7 @@ def smooth(block: str, floats: Mapping[str, nn.Module], readers: Sequence[str], 
         return []
     done = []
     for (maker, names), x in zip(found, _sample(found, floats, runs), strict=True):
-        factors = _choose(x, [_rows(floats[name]) for name in names])
+        factors = _choose(x, [(_rows(floats[name]).float(), readers[name]) for name in names])
         smoothing = Smoothing(maker, names, factors)
         if bool((factors != 1).any()) and _is_exact(smoothing, floats, runs[0]):
             smoothing.apply(floats)
@@ -97,7 +100,9 @@ def smooth(block: str, floats: Mapping[str, nn.Module], readers: Sequence[str], 
     return done
 
 
-def _pairs(floats: Mapping[str, nn.Module], readers: Sequence[str], run: Run) -> list[tuple[str, tuple[str, ...]]]:
+def _pairs(
+    floats: Mapping[str, nn.Module], readers: Mapping[str, PoTConfig], run: Run
+) -> list[tuple[str, tuple[str, ...]]]:
     """(maker, readers) by name, in the order of calls."""
     made: dict[int, tuple[str, torch.Tensor]] = {}
     read: dict[int, tuple[torch.Tensor, list[str]]] = {}
@@ -141,25 +146,34 @@ def _sample(found: list, floats: Mapping[str, nn.Module], runs: Sequence[Run]) -
     return [torch.cat(parts) for parts in rows.values()]
 
 
-def _choose(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
-    """The factors [K] of least squared error of the outputs of ``weights`` [N, K] on x [S, K]; at worst ones."""
-    weight = torch.cat(weights).float()
+def _choose(x: torch.Tensor, layers: list[tuple[torch.Tensor, PoTConfig]]) -> torch.Tensor:
+    """The factors [K] of least squared error of the outputs of ``layers``, weights [N, K] and how they are quantized,
+    on x [S, K]; at worst ones."""
     largest = x.abs().amax(0)
     exponent = largest.log2()
     alive = largest > 0
     exponent = torch.where(alive, exponent - exponent[alive].median() if alive.any() else 0.0, 0.0)
     best = torch.ones_like(largest)
-    least = _error(x, weight, best)
+    least = _error(x, layers, best)
     for strength in STRENGTHS:
         for phase in PHASES:
             factors = torch.exp2((strength * exponent + phase).floor().clamp(-14, 14))
-            if (error := _error(x, weight, factors)) < LESS * least:
+            if (error := _error(x, layers, factors)) < LESS * least:
                 best, least = factors, error
     return best
 
 
-def _error(x: torch.Tensor, weight: torch.Tensor, factors: torch.Tensor) -> float:
-    return (((rounded(x / factors) * factors).sub_(x)) @ weight.t()).square_().sum(dtype=torch.float64).item()
+def _error(x: torch.Tensor, layers: list[tuple[torch.Tensor, PoTConfig]], factors: torch.Tensor) -> float:
+    """With weights rounded to nearest, on scales that suit the outputs: error compensation comes later."""
+    divided, error = x / factors, 0.0
+    importance, inputs = divided.square().mean(0), rounded(divided)
+    for weight, cfg in layers:
+        cfg = PoTConfig(grid=cfg.grid, granularity=cfg.granularity, scale="output")
+        grown = weight * factors
+        w_hat = ops.fake_quantize(grown, ops.compute_scale(grown, cfg, importance), cfg)
+        change = inputs @ w_hat.t() - divided @ grown.t()
+        error += change.square_().sum(dtype=torch.float64).item()
+    return error
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
