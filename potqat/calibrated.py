@@ -46,41 +46,39 @@ def pack_layers(
         ValueError: the model does not run on the batches, or a layer's inputs hold NaN or infinity.
     """
     sites = {site.name: site for site in layers.values()}
-    sites = {site.name: site for site in layers.values()}
     floats = {name: site.module for name, site in sites.items()}
     to_learn = [name for name, site in sites.items() if site.cfg.rounding == "reconstruct"]
+    learning: dict[str, Site] = {}  # layers of the block that is at work, if it is to be learned
     entries: dict[str, Entry] = {}
 
     def put(name: str, new: nn.Module) -> None:
         modules.replace(model, {model.get_submodule(name): new})
+
+    def finish(name: str, new: PackedLinear, entry: Entry) -> None:
+        put(name, new)
+        entries[name] = entry
+        if kept is not None and (name not in learning or entry.block_error is not None):
+            kept.save(name, new, entry)
+
+    def before(block: str, runs: list) -> None:
+        inside = {name: sites[name] for name in to_learn if name.startswith(f"{block}.")}
+        if any(name not in entries for name in inside):  # of a block that is learned as a whole nothing is finished
+            learning.update(inside)
+            for name in inside:
+                put(name, floats[name])
+        smooth_block(block, runs)
+
+    def after(block: str, runs: list, targets: list) -> None:
+        if learning:
+            for name, (new, entry) in _reconstructed(model, learning, entries, runs, targets).items():
+                finish(name, new, entry)
+            learning.clear()
 
     with _smoothing(model, sites, kept) as (smooth_block, smoothed):
         for name, site in sites.items():
             if kept is not None and (found := kept.load(name)):
                 tensors, entries[name] = found
                 put(name, _packed(site, tensors["packed"], tensors["scale"], entries[name].sqnr_db))
-        learning: dict[str, Site] = {}  # layers of the block that is at work, if it is to be learned
-
-        def before(block: str, runs: list) -> None:
-            inside = {name: sites[name] for name in to_learn if name.startswith(f"{block}.")}
-            if any(name not in entries for name in inside):  # a block is learned as a whole, and so kept
-                learning.update(inside)
-                for name in inside:
-                    put(name, floats[name])
-            smooth_block(block, runs)
-
-        def after(block: str, runs: list, targets: list) -> None:
-            if learning:
-                for name, (new, entry) in _reconstructed(model, learning, entries, runs, targets).items():
-                    finish(name, new, entry)
-                learning.clear()
-
-        def finish(name: str, new: PackedLinear, entry: Entry) -> None:
-            put(name, new)
-            entries[name] = entry
-            if kept is not None and (name not in learning or entry.block_error is not None):
-                kept.save(name, new, entry)
-
         for inputs in calibrate.walk(model, batches, floats, before, after if to_learn else None):
             for name in inputs.names:
                 if not inputs.moment.isfinite().all():

@@ -165,7 +165,8 @@ def _with_calibration(entry: Entry, found: Entry) -> Entry:
     """The entry of a QAT module with the errors that its start has against the float weight."""
     return replace(
         entry, sqnr_db=found.sqnr_db, method=found.method, output_error=found.output_error,
-        output_error_nearest=found.output_error_nearest,
+        output_error_nearest=found.output_error_nearest, block_error=found.block_error,
+        block_error_before=found.block_error_before,
     )  # fmt: skip
 
 

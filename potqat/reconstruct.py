@@ -7,7 +7,6 @@ trained: EfficientQAT's Block-AP (arXiv 2407.11062). That blocks are the unit to
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -61,10 +60,9 @@ def _twin(site: Site, packed: PackedLinear) -> nn.Module:
     weight = packed.dequantize()
     fake_quant = PoTFakeQuantize(weight, cfg, site.name, packed.scale)
     weight = fake_quant.start(weight)
-    linear = copy.copy(site.module)
-    linear._parameters = dict(linear._parameters)
-    linear.weight = nn.Parameter(weight.t().contiguous() if site.kind == "conv1d" else weight)
-    return modules.TWINS[site.kind](linear, fake_quant).eval()
+    twin = modules.TWINS[site.kind](site.module, fake_quant).eval()
+    twin.weight = nn.Parameter(weight.t().contiguous() if site.kind == "conv1d" else weight)  # the float one stays
+    return twin
 
 
 def _train(twins: list[nn.Module], runs: Sequence[Run], targets: Sequence[torch.Tensor]) -> None:

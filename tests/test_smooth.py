@@ -127,7 +127,9 @@ def test_int8_activations_cost_less_with_it():
 
 
 @pytest.mark.parametrize("outlier", [1, 4, 30])
-@pytest.mark.parametrize(("grid", "granularity"), [("int8", "channel"), ("pot4", "channel"), ("e2m1", 32), ("int4", 64)])
+@pytest.mark.parametrize(
+    ("grid", "granularity"), [("int8", "channel"), ("pot4", "channel"), ("e2m1", 32), ("int4", 64)]
+)
 def test_factors_help_the_packed_layer(grid, granularity, outlier):
     """... on the kernels: no grid loses by rounding larger weights more than int8 activations gain."""
     generator = torch.Generator().manual_seed(3)
