@@ -254,6 +254,28 @@ def test_losses_are_what_they_are_called():
     assert losses.kl_divergence(teacher, teacher, windows).item() == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kl_divergence_and_its_gradient_in_parts_are_those_of_the_whole(dtype):
+    torch.manual_seed(2)
+    count, vocabulary = 2 * losses.ROWS + 7, 19
+    logits = (4 * torch.randn(1, count, vocabulary)).to(dtype).requires_grad_()
+    theirs = (4 * torch.randn(1, count, vocabulary)).to(dtype)
+    exact = logits.detach().double().requires_grad_()
+    log_q, log_p = exact.log_softmax(-1), theirs.double().log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    expected.backward()
+
+    ids = torch.zeros(1, count, dtype=torch.int64)
+    student, teacher = (lambda t=t, **_: SimpleNamespace(logits=t) for t in (logits, theirs))
+    loss = losses.kl_divergence(student, teacher, ids)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (3 * loss).backward()
+    # A few roundings of values up to 1 / count, and one to the logits' own dtype.
+    bound = 1e-6 / count + torch.finfo(dtype).eps * 3 * exact.grad.abs()
+    assert ((logits.grad.double() - 3 * exact.grad).abs() <= bound).all()
+
+
 def test_the_papers_preset_is_their_protocol():
     papers = PRESETS["papers"]
     assert (papers.loss, papers.context, papers.batch, papers.accumulate) == ("last", 64, 12, 32)

@@ -14,7 +14,7 @@ from potqat.flows.trainer import Phase
 LOSSES = ("kl", "ce", "last")
 PARTS = ("scales", "norms", "blocks", "all")
 DTYPES = ("float32", "bfloat16")
-QUANTIZER = PoTConfig(scale="learned", scale_init="output", rounding="gptq")
+QUANTIZER = PoTConfig(scale="learned", scale_init="output", rounding="reconstruct")
 
 
 @dataclass(frozen=True)
