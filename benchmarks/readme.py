@@ -96,7 +96,10 @@ def _accuracy() -> list[str]:
                 low, high = text["reference"][f"{key}_interval"]
                 cells.append(f"{text['reference'][key]:{form}} ({low:{form}} to {high:{form}})")
         lines.append(f"| {' | '.join(cells)} |")
-    taken = [arm["quantize"] for arm in arms.values() if arm.get("calibrated") and not arm["quantize"]["resumed"]]
+    taken: dict[str, list[dict]] = {}  # by method
+    for name, arm in arms.items():
+        if arm.get("calibrated") and not arm["quantize"]["resumed"]:
+            taken.setdefault(name.split("-")[2], []).append(arm["quantize"])
     machine = first["machine"]
     lines += [
         "",
@@ -118,10 +121,12 @@ def _accuracy() -> list[str]:
                 spreads.append(f"{min(ratios):.3f} to {max(ratios):.3f} on {text['file']}")
             lines[-1] += f" Ratios of {name} over {len(alike)} calibration samples: {', '.join(spreads)}."
     if taken:
-        seconds, memory = max(t["cpu_seconds"] for t in taken), max(t["peak_bytes"] for t in taken)
-        lines[-1] += (
-            f" Calibrating took at most {seconds / 60:.1f} minutes of one CPU and {memory / 1e9:.1f} GB, all included."
+        most = (
+            f"{method} {max(t['cpu_seconds'] for t in all_) / 60:.0f} minutes of one CPU and "
+            f"{max(t['peak_bytes'] for t in all_) / 1e9:.1f} GB"
+            for method, all_ in taken.items()
         )
+        lines[-1] += f" Calibrating took at most, all included: {'; '.join(most)}."
     return [*lines, ""]
 
 

@@ -91,7 +91,7 @@ def prepare_qat_(
 
     Args:
         calibration, unfinished: as ``quantize_``, for ``scale="learned"`` with ``scale_init="output"``,
-            ``rounding="gptq"`` or both: the weights of linear layers become those that ``quantize_`` would pack, in
+            ``rounding="gptq"`` or ``"reconstruct"``, or both: the weights of linear layers become those that ``quantize_`` would pack, in
             place, and their scales start from its. From there on rounding is to nearest, and the modules are those of
             ``prepare_qat_(model, cfg.without_calibration)``, into which a state_dict of them loads.
 
