@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from potqat import calibrate, gptq, modules, ops, smooth
-from potqat.modules import PackedLinear
+from potqat.modules import PackedEmbedding, PackedLinear, TiedLinear
 from potqat.plan import Site
 from potqat.reconstruct import reconstruct
 from potqat.report import Entry, sqnr_db
 from potqat.unfinished import Unfinished
 
 
-def split(sites: list[Site]) -> tuple[dict[nn.Module, Site], list[Site], list[str]]:
-    """(layers to calibrate by module; all sites, where those that need calibration and have no inputs of their own to
-    go by take the closest configuration without; the names of these)."""
-    uses = Counter(id(site.module.weight) for site in sites)
-    chosen, settled, plain = {}, [], []
+@dataclass(frozen=True)
+class Split:
+    """What calibration packs, and what it does not.
+
+    Attributes:
+        layers: linear layers to calibrate, by their names; among them heads tied to a table.
+        tables: of these heads, by their names, the embedding.
+        sites: all, where those that need calibration and have no inputs of their own to go by take the closest
+            configuration without.
+        plain: the names of these.
+    """
+
+    layers: dict[str, Site]
+    tables: dict[str, Site]
+    sites: list[Site]
+    plain: list[str]
+
+
+def split(sites: list[Site]) -> Split:
+    """Say for each site how it is packed."""
+    users: dict[int, list[Site]] = {}
+    for site in sites:
+        users.setdefault(id(site.module.weight), []).append(site)
+    found = Split({}, {}, [], [])
     for site in sites:
         if site.cfg is not None and site.cfg.needs_calibration:
-            if site.kind != "embedding" and uses[id(site.module.weight)] == 1:
-                chosen[site.module] = site
-            else:
-                plain.append(site.name)
+            alike = {user.kind: user for user in users[id(site.module.weight)] if user.cfg is not None}
+            count = len(users[id(site.module.weight)])
+            tied = count == 2 and alike.keys() == {"embedding", "linear"}
+            if tied and site.kind == "linear":
+                found.tables[site.name] = alike["embedding"]
+            if site.kind != "embedding" and (tied or count == 1):
+                found.layers[site.name] = site
+            elif not tied:
+                found.plain.append(site.name)
                 site = replace(site, cfg=site.cfg.without_calibration)
-        settled.append(site)
-    return chosen, settled, plain
+        found.sites.append(site)
+    return found
 
 
-def pack_layers(
-    model: nn.Module, layers: dict[nn.Module, Site], batches: list[torch.Tensor], kept: Unfinished | None
-) -> list[Entry]:
-    """Replace ``layers`` by packed ones, block by block, each calibrated on a model that holds those before it.
+def pack_layers(model: nn.Module, parts: Split, batches: list[torch.Tensor], kept: Unfinished | None) -> list[Entry]:
+    """Replace the layers of ``parts`` by packed ones, block by block, each calibrated on a model that holds those
+    before it; tables with the heads that are tied to them, at the end.
 
     Args:
         kept: where finished layers are kept and taken from.
@@ -45,14 +67,20 @@ def pack_layers(
     Raises:
         ValueError: the model does not run on the batches, or a layer's inputs hold NaN or infinity.
     """
-    sites = {site.name: site for site in layers.values()}
+    sites, tables = parts.layers, parts.tables
     floats = {name: site.module for name, site in sites.items()}
     to_learn = [name for name, site in sites.items() if site.cfg.rounding == "reconstruct"]
     learning: dict[str, Site] = {}  # layers of the block that is at work, if it is to be learned
     entries: dict[str, Entry] = {}
 
-    def put(name: str, new: nn.Module) -> None:
-        modules.replace(model, {model.get_submodule(name): new})
+    def put(name: str, new: PackedLinear) -> None:
+        replacements: dict[nn.Module, nn.Module] = {model.get_submodule(name): new}
+        if name in tables:
+            table = tables[name].module
+            owner = PackedEmbedding(new.packed, new.scale, new.cfg, new.shape, table.weight.dtype)
+            owner.sqnr_db = new.sqnr_db
+            replacements = {table: owner, model.get_submodule(name): TiedLinear(owner, new.bias, new.cfg)}
+        modules.replace(model, replacements)
 
     def finish(name: str, new: PackedLinear, entry: Entry) -> None:
         put(name, new)
@@ -65,7 +93,7 @@ def pack_layers(
         if any(name not in entries for name in inside):  # of a block that is learned as a whole nothing is finished
             learning.update(inside)
             for name in inside:
-                put(name, floats[name])
+                modules.replace(model, {model.get_submodule(name): floats[name]})
         smooth_block(block, runs)
 
     def after(block: str, runs: list, targets: list) -> None:
@@ -83,7 +111,12 @@ def pack_layers(
             for name in inputs.names:
                 if not inputs.moment.isfinite().all():
                     raise ValueError(f"{name}: its inputs hold NaN or infinity in calibration; check the model")
+                if name in tables:  # what maps the inputs of the head to others must not change the embedding
+                    inputs = replace(inputs, drift=torch.zeros_like(inputs.drift))
                 finish(name, *_calibrated(sites[name], inputs, name in smoothed))
+    for name, table in tables.items():
+        entries[table.name] = replace(entries[name], name=table.name, kind=table.kind)
+        entries[name] = replace(entries[name], reason="tied: packed once", bytes_before=0, bytes_after=0)
     return list(entries.values())
 
 

@@ -91,9 +91,10 @@ def prepare_qat_(
 
     Args:
         calibration, unfinished: as ``quantize_``, for ``scale="learned"`` with ``scale_init="output"``,
-            ``rounding="gptq"`` or ``"reconstruct"``, or both: the weights of linear layers become those that ``quantize_`` would pack, in
-            place, and their scales start from its. From there on rounding is to nearest, and the modules are those of
-            ``prepare_qat_(model, cfg.without_calibration)``, into which a state_dict of them loads.
+            ``rounding="gptq"`` or ``"reconstruct"``, or both: the weights of linear layers become those that
+            ``quantize_`` would pack, in place, and their scales start from its. From there on rounding is to nearest,
+            and the modules are those of ``prepare_qat_(model, cfg.without_calibration)``, into which a state_dict of
+            them loads.
 
     Raises:
         ValueError, OSError: as ``quantize_``; any grid is allowed without calibration.
@@ -111,13 +112,13 @@ def prepare_qat_(
     kept = None if unfinished is None else Unfinished(Path(unfinished), work_hash(model, cfg, batches))
     with calibrated.restored_on_error(model, sites) as put_back:
         found = _replace_calibrated(model, sites, batches, kept)
-        layers, _, _ = calibrated.split(sites)
-        starts = {site.name: model.get_submodule(site.name) for site in layers.values()}
+        layers = calibrated.split(sites).layers.values()
+        starts = {id(site.module.weight): model.get_submodule(site.name) for site in layers}
         put_back()
     sites = [site if site.cfg is None else replace(site, cfg=site.cfg.without_calibration) for site in sites]
 
     def fake_quant(site: Site) -> PoTFakeQuantize:
-        start = starts.get(site.name)
+        start = starts.get(id(site.module.weight))
         if start is None:
             return _fake_quant(site)
         new = PoTFakeQuantize(site.weight, site.cfg, site.name, start.scale)
@@ -174,11 +175,12 @@ def _replace_calibrated(
     model: nn.Module, sites: list[Site], batches: list[torch.Tensor], kept: Unfinished | None
 ) -> Report:
     """Pack what has no inputs to go by, then the linear layers with theirs."""
-    layers, settled, plain = calibrated.split(sites)
-    for site in layers.values():
+    parts = calibrated.split(sites)
+    for site in parts.layers.values():
         _naming(site, ops.compute_scale, site.weight, replace(site.cfg, scale="absmax"))  # NaN, before any work
-    report = _replace(model, settled, _fake_quant, packed=True, later=layers)
-    report.entries += calibrated.pack_layers(model, layers, batches, kept)
+    later = {site.module for site in (*parts.layers.values(), *parts.tables.values())}
+    report = _replace(model, parts.sites, _fake_quant, packed=True, later=later)
+    report.entries += calibrated.pack_layers(model, parts, batches, kept)
     order = {site.name: i for i, site in enumerate(sites)}
     report.entries.sort(key=lambda entry: order.get(entry.name, len(order)))
     if smoothed := [entry.name for entry in report.entries if entry.method.endswith("smoothed inputs")]:
@@ -193,10 +195,10 @@ def _replace_calibrated(
             f"{len(blocks)} blocks reconstructed: the squared change of their outputs, relative to the float model's, "
             f"is {last:.3%} on average, {first:.3%} before"
         )
-    if plain:
+    if parts.plain:
         report.notes.append(
-            f"{', '.join(plain)}: scale by least squared error and rounding to nearest: a table, or a weight that "
-            "several modules use, is not compensated"
+            f"{', '.join(parts.plain)}: scale by least squared error and rounding to nearest: a table without a head, "
+            "or a weight that several layers use, is not compensated"
         )
     return report
 

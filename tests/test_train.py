@@ -155,12 +155,15 @@ def test_the_start_is_that_of_calibrated_quantization(at, run):
 @pytest.mark.parametrize("kind", ["gpt2", "nanogpt"])
 @pytest.mark.parametrize("loss", ["kl", "last"])
 def test_other_models_and_losses_run(at, tmp_path, kind, loss):
-    assert main(command(at, kind, tmp_path, f"--loss={loss}", "--steps=2", "--granularity=32", "--grid=e2m1")) == 0
+    quantizer = ["--granularity=32", "--grid=e2m1", "--embedding-grid=e2m1", "--override=wte:granularity=channel"]
+    assert main(command(at, kind, tmp_path, f"--loss={loss}", "--steps=2", *quantizer)) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["recipe"]["loss"] == loss
     assert all(math.isfinite(value) for value in metrics["losses"]["qat"])
     assert list(metrics["results"]) == ["qat"]
-    assert potqat.PoTConfig.from_dict(metrics["quantizer"]) == replace(QUANTIZER, granularity=32, grid="e2m1")
+    assert potqat.PoTConfig.from_dict(metrics["quantizer"]) == replace(
+        QUANTIZER, granularity=32, grid="e2m1", embedding_grid="e2m1", overrides={"wte": {"granularity": "channel"}}
+    )
 
 
 @pytest.mark.parametrize(("more", "tolerance"), [("--checkpointing", 1e-5), ("--dtype=bfloat16", 0.1)])

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from potqat.cli import quantizer
 from potqat.cli.errors import Stopped, Usage
-from potqat.config import GRIDS, ROUNDINGS, PoTConfig
+from potqat.cli.quantizer import FLOAT
+from potqat.config import ROUNDINGS, PoTConfig
 
 DEFAULT = PoTConfig()
-FLOAT = "float"  # the word for None on the command line
 SCALES = ("absmax", "mse", "output")  # those that need no training
 CALIBRATED = {"scale": "output", "rounding": "gptq"}  # the defaults with --calibration
 CALIBRATION_TOKENS = 32768
@@ -36,16 +37,7 @@ def add(verbs) -> None:
         "model", metavar="MODEL", help="hub name, Hugging Face folder, GGUF file, or nanoGPT checkpoint (ckpt.pt)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the packed model")
-    parser.add_argument(
-        "--grid", choices=GRIDS, default=DEFAULT.grid,
-        help="levels of a weight: powers of two (pot4), sums of two of them (e2m1), or evenly spaced "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--granularity", default=DEFAULT.granularity, metavar="G",
-        help="weights that share a scale: tensor, channel, or a group size such as 32 or 128 (default: %(default)s); "
-        "without calibration, groups of 32 lose least",
-    )  # fmt: skip
+    quantizer.add(parser, DEFAULT)
     parser.add_argument(
         "--calibration", type=Path, nargs="?", const=BUILT_IN, metavar="FILE",
         help="quantize each layer for the inputs that it has on this UTF-8 text, best one like what the model will "
@@ -80,19 +72,6 @@ def add(verbs) -> None:
     parser.add_argument(
         "--activations", choices=(DEFAULT.activations, FLOAT), default=DEFAULT.activations,
         help="what the linear layers compute with (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--embedding-grid", choices=(*GRIDS, FLOAT), default=DEFAULT.embedding_grid,
-        help="levels of embeddings and of a head tied to one (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--skip", action="append", default=[], metavar="NAME",
-        help="leave modules of this name or glob float, as lm_head; repeatable (default: none)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--override", action="append", default=[], metavar="NAME:FIELD=VALUE,...",
-        help="other settings for modules of this name or glob, as '*.mlp.*:grid=e2m1,granularity=32'; repeatable "
-        "(default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",
@@ -220,20 +199,10 @@ def _size(count: int) -> str:
 
 
 def _config(arguments: argparse.Namespace) -> PoTConfig:
-    def value(text: str):
-        return int(text) if text.isdecimal() else None if text == FLOAT else text
-
     try:
-        overrides = {}
-        for override in arguments.override:
-            name, colon, fields = override.partition(":")
-            pairs = [field.split("=") for field in fields.split(",")]
-            if not (name and colon) or any(len(pair) != 2 for pair in pairs):
-                raise ValueError(f"--override must be NAME:FIELD=VALUE,...; got {override!r}")
-            if name in overrides:
-                raise ValueError(f"--override {name}: given twice; put its fields in one, with commas")
-            overrides[name] = {key: value(text) for key, text in pairs}
-            if (scale := overrides[name].get("scale", DEFAULT.scale)) not in SCALES:
+        fields = quantizer.fields(arguments)
+        for name, settings in fields["overrides"].items():
+            if (scale := settings.get("scale", DEFAULT.scale)) not in SCALES:
                 raise ValueError(f"--override {name}: scale must be one of {', '.join(SCALES)} here, got {scale!r}")
         calibrated = arguments.calibration is not None
         if arguments.calibration_tokens is not None and (not calibrated or arguments.calibration_tokens < 1):
@@ -252,14 +221,10 @@ def _config(arguments: argparse.Namespace) -> PoTConfig:
                 raise ValueError(f"--{name} {option} needs --calibration")
         default = CALIBRATED if calibrated else {"scale": DEFAULT.scale, "rounding": DEFAULT.rounding}
         return PoTConfig(
-            grid=arguments.grid,
-            granularity=value(arguments.granularity),
             scale=arguments.scale or default["scale"],
             rounding=arguments.rounding or default["rounding"],
-            activations=value(arguments.activations),
-            embedding_grid=value(arguments.embedding_grid),
-            skip=tuple(arguments.skip),
-            overrides=overrides,
+            activations=quantizer.value(arguments.activations),
+            **fields,
         )
     except ValueError as error:
         raise Usage(error) from None

@@ -9,12 +9,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from potqat.cli import threads
+from potqat.cli import quantizer, threads
 from potqat.cli.errors import Stopped, Usage
-from potqat.config import GRIDS, STES
+from potqat.config import STES
 from potqat.flows.recipe import DTYPES, LOSSES, PARTS, PRESETS, QUANTIZER, Recipe, preset_for
 
-FLOAT = "float"  # the word for None on the command line
 NUMBERS = {
     "context": (int, "tokens of a window"),
     "batch": (int, "windows of a pass"),
@@ -49,21 +48,7 @@ def add(verbs) -> None:
     parser.add_argument(
         "--preset", choices=PRESETS, help="settings that the others change (default: by the size of the model)"
     )
-    parser.add_argument(
-        "--grid", choices=GRIDS, default=QUANTIZER.grid, help="levels of a weight (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--granularity", default=QUANTIZER.granularity, metavar="G",
-        help="weights that share a scale: tensor, channel, or a group size such as 32 or 128 (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--embedding-grid", choices=(*GRIDS, FLOAT), default=QUANTIZER.embedding_grid,
-        help="levels of embeddings and of a head tied to one (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--skip", action="append", default=[], metavar="NAME",
-        help="leave modules of this name or glob float, as lm_head; repeatable (default: none)",
-    )  # fmt: skip
+    quantizer.add(parser, QUANTIZER)
     parser.add_argument(
         "--ste", choices=STES, default=QUANTIZER.ste,
         help="gradient of a weight beyond the top level: none, or as if it were not rounded (default: %(default)s)",
@@ -104,16 +89,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from potqat.flows.text import read_text
     from potqat.flows.trainer import Interrupted
 
-    granularity = arguments.granularity
     try:
-        cfg = dataclasses.replace(
-            QUANTIZER,
-            grid=arguments.grid,
-            granularity=int(granularity) if granularity.isdecimal() else granularity,
-            embedding_grid=None if arguments.embedding_grid == FLOAT else arguments.embedding_grid,
-            skip=tuple(arguments.skip),
-            ste=arguments.ste,
-        )
+        cfg = dataclasses.replace(QUANTIZER, ste=arguments.ste, **quantizer.fields(arguments))
     except ValueError as error:
         raise Usage(error) from None
     read_text(arguments.data)  # what is wrong with it is said before anything else is read

@@ -14,6 +14,7 @@ from potqat.flows.trainer import cross_entropy
 
 ROWS = 64  # positions whose distributions are in memory at once
 
+
 def make(recipe: Recipe, teacher: nn.Module) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
     """(model, windows int64 [B, T + 1]) -> the mean loss that ``recipe.loss`` names, in nats."""
 

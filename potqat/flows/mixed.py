@@ -104,7 +104,8 @@ def sensitivities(
     Raises:
         ValueError: no layer to choose for, a model without blocks, or a folder of other work.
     """
-    sites = {site.name: site for site in calibrated.split(plan(model, cfg))[0].values()}
+    parts = calibrated.split(plan(model, cfg))
+    sites = {name: site for name, site in parts.layers.items() if name not in parts.tables}
     tried = {name: candidates(site.cfg) for name, site in sites.items() if _free(cfg, site)}
     if not tried:
         raise ValueError("--target-loss: overrides settle every layer; there is none to choose for")

@@ -108,7 +108,7 @@ def _calibration_bytes(
     tokens = sum(ids.numel() for ids in batches)
     hidden = 2 * tokens * source.width * dtype.itemsize
     logits = 2 * 4 * batches[0].shape[1] * source.vocabulary  # of the row that shows the blocks
-    chosen = calibrated.split(sites)[0].values()
+    chosen = calibrated.split(sites).layers.values()
     layer = max(8 * 8 * k**2 + 6 * 4 * n * k for n, k in (site.weight.shape for site in chosen))
     inputs: Counter[str] = Counter()  # by block, float32; layers that share them (q, k, v) are counted each
     learned: Counter[str] = Counter()  # by block: weights, gradients, AdamW's state, what is rounded, in two dtypes
