@@ -127,6 +127,8 @@ def corrected(w: torch.Tensor, moment: torch.Tensor, drift: torch.Tensor) -> tor
     The least squares solution is w + w D M^-1, with M the mean of x x^T and D, the drift, that of (x' - x) x^T; GPTAQ
     (arXiv 2504.02692) has the same aim. The whole of it fits the calibration text and loses on another one.
     """
+    if not drift.any():  # as before the first rounding: the model is the float one
+        return w.detach().float()
     change = torch.cholesky_solve((w.detach().double() @ drift.double()).t(), torch.linalg.cholesky(_damped(moment)))
     return w.detach().float() + CORRECTION * change.t().float()
 

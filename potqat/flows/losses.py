@@ -53,14 +53,14 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
         gradient = torch.empty_like(logits)
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        total = torch.zeros((), device=logits.device)
         for part, mine, theirs in zip(*(t.split(ROWS) for t in (gradient, logits, expected)), strict=True):
             mine, theirs = (t.float().log_softmax(-1) for t in (mine, theirs))
             chances = theirs.exp()
             total += (theirs - mine).mul_(chances).sum()
             part.copy_(mine.exp_().sub_(chances).div_(len(logits)))
         ctx.save_for_backward(gradient)
-        return (total / len(logits)).float()
+        return total / len(logits)
 
     @staticmethod
     def backward(ctx, gradient_of_mean: torch.Tensor) -> tuple[torch.Tensor, None]:
