@@ -13,6 +13,7 @@ from typing import Any
 GRIDS = ("pot4", "e2m1", "int4", "int8")
 SCALES = ("absmax", "mse", "output", "learned", "paper")
 ROUNDINGS = ("nearest", "log", "paper", "gptq", "reconstruct")
+ACTIVATIONS = ("int8", "int16", None)
 STES = ("clipped", "identity")
 PACKED_GROUP_MULTIPLE = 32
 
@@ -37,7 +38,8 @@ class PoTConfig:
             inputs; needs calibration data. Training starts from such weights and rounds to nearest from there),
             ``"reconstruct"`` (gptq, and then the weights and scales of each block trained together towards what the
             float block returns).
-        activations: ``"int8"`` (per token, symmetric, dynamic) or None (float activations).
+        activations: what linear layers compute with: ``"int8"`` (per token, symmetric, dynamic), ``"int16"`` (two
+            int8 numbers a value: that of the value, and that of what it leaves) or None (float).
         embedding_grid: grid of embeddings and of heads tied to them; None leaves them float.
         skip: module names or globs left float, matched on the whole path or on any segment of it.
         overrides: name or glob -> fields of this class that differ there; the last match wins.
@@ -74,7 +76,7 @@ class PoTConfig:
                 f"got {self.granularity!r}"
             )
         _check_choice("rounding", self.rounding, ROUNDINGS)
-        _check_choice("activations", self.activations, ("int8", None))
+        _check_choice("activations", self.activations, ACTIVATIONS)
         _check_choice("ste", self.ste, STES)
         _check_choice("scale_init", self.scale_init, ("absmax", "mse", "output"))
         if not self.eps > 0:

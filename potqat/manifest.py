@@ -9,7 +9,7 @@ Format version 1, in ``config.json`` (docs/format.md has an example):
         shape        [N, K] = [out_features, in_features] or [num_embeddings, embedding_dim]
         grid         "pot4", "e2m1", "int4" or "int8": the levels, and so the bits, of the codes
         granularity  "tensor", "channel" or the group size: which weights share a scale
-        activations  "int8" or null (float): how the linear layer treats its input
+        activations  "int8", "int16" or null (float): how the linear layer treats its input
         scale, rounding   how the weight was quantized
         sqnr_db      its error against the float weight, in dB (null: not measured, or no error)
         dtype        embeddings only: "float32", "bfloat16" or "float16", what a lookup gives

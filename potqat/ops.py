@@ -130,8 +130,9 @@ def linear(
 
     With ``cfg.activations="int8"`` x is quantized per token (symmetric, dynamic), or with ``input_scale`` per
     tensor (static affine: q = clamp(round(x / input_scale) + input_zero_point, -128, 127)); the products are
-    summed exactly in int32 and scaled in float32, the same bits on every machine and thread count. With
-    ``activations=None`` x stays float and products are summed in float32, k ascending.
+    summed exactly in int32 and scaled in float32, the same bits on every machine and thread count. ``"int16"`` does
+    this twice, for x and for what its int8 form leaves of it. With ``activations=None`` x stays float and products
+    are summed in float32, k ascending.
 
     Args:
         x: float [..., K]; its gradient is that of a float linear with the unpacked weight (activation rounding
@@ -140,7 +141,7 @@ def linear(
         bias: float32 [N] or None.
 
     Returns:
-        [..., N] in x's dtype. A row of x with NaN or infinity gives NaN in that row only (int8 activations).
+        [..., N] in x's dtype. A row of x with NaN or infinity gives NaN in that row only (integer activations).
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.

@@ -143,7 +143,8 @@ def quantize_activations(x: torch.Tensor):
 def linear(x, packed, scale, bias, grid: str, out_features: int, group_size: int = 0, activations: str = "int8",
            input_scale: float = 1.0, input_zero_point: int = 0) -> torch.Tensor:  # fmt: skip
     """x @ (level * scale).T + bias with integer products: acc = sum level * q, exact (float64 holds it);
-    out = sum over groups, ascending, of float32(acc) * (s_x * s_w), then + bias, then x's dtype."""
+    out = sum over groups, ascending, of float32(acc) * (s_x * s_w), then + bias, then x's dtype. int16: each group's
+    sum is followed by that of what x leaves, (q, s_x) of x - q * s_x."""
     n, k = out_features, x.shape[-1]
     level = unpack(packed, grid, n, k).double()
     if activations == "float":
@@ -155,11 +156,15 @@ def linear(x, packed, scale, bias, grid: str, out_features: int, group_size: int
         s_x = torch.where(x.isfinite().all(-1, keepdim=True), s_x, torch.nan)
     else:
         q, s_x = quantize_activations(x)
-    q, size = q.double(), group_size or max(k, 1)
+    parts = [(q, s_x)]
+    if activations == "int16":
+        parts.append(quantize_activations(x.float() - q * s_x))
+    size = group_size or max(k, 1)
     out = torch.zeros(*x.shape[:-1], n, dtype=torch.float32, device=x.device)
     for g in range(scale.shape[0]):
         part = slice(g * size, (g + 1) * size)
-        out = out + (q[..., part] @ level[:, part].t()).float() * (s_x * scale[g])
+        for q, s_x in parts:
+            out = out + (q[..., part].double() @ level[:, part].t()).float() * (s_x * scale[g])
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 

@@ -50,6 +50,15 @@ def test_a_tied_weight_is_stored_once_and_stays_tied(saved):
     assert fresh.lm_head.packed is fresh.wte.packed
 
 
+def test_a_tied_head_takes_the_activations_of_its_table(tmp_path):
+    model = Tiny()
+    potqat.quantize_(model, PoTConfig(overrides={"wte": {"activations": "int16"}}))
+    potqat.save(model, tmp_path)
+    fresh = potqat.load(tmp_path, Tiny())
+    assert (fresh.lm_head.cfg.activations, fresh.fc.cfg.activations) == ("int16", "int8")
+    assert torch.equal(fresh(IDS), model(IDS))
+
+
 @pytest.mark.parametrize("tied_in_model", [True, False])
 def test_float_ties_are_stored_once(tmp_path, tied_in_model):
     model = Tiny()

@@ -38,7 +38,7 @@ def test_frozen():
         ({"scale": "max"}, "scale must be one of 'absmax'"),
         ({"scale": "paper"}, "needs granularity='tensor', got 'channel'"),
         ({"rounding": "floor"}, "rounding must be one of"),
-        ({"activations": "int4"}, "activations must be one of 'int8', None"),
+        ({"activations": "int4"}, "activations must be one of 'int8', 'int16', None"),
         ({"ste": "soft"}, "ste must be"),
         ({"scale_init": "learned"}, "scale_init must be"),
         ({"eps": 0.0}, "eps must be positive"),

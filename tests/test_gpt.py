@@ -134,10 +134,10 @@ def test_compiles_to_one_graph():
     torch.testing.assert_close(compiled(idx), model(idx))
 
 
-@pytest.mark.parametrize("activations", ["int8", None])
+@pytest.mark.parametrize("activations", ["int8", "int16", None])
 def test_packed_gpt_compiles_to_one_graph(activations):
     """The same graph gives the same bits; Inductor's fused layer norms round differently in the last bits, which int8
-    activations can turn into one step of 1/127 of a row's largest entry."""
+    activations can turn into one step of 1/127 of a row's largest entry (int16: 1/32,258)."""
     model = GPT(CONFIG).eval()
     potqat.quantize_(model, potqat.PoTConfig(activations=activations))
     idx = ids()
@@ -145,7 +145,7 @@ def test_packed_gpt_compiles_to_one_graph(activations):
         expected = model(idx)
         assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(idx), expected)
         difference = (torch.compile(model, fullgraph=True)(idx) - expected).abs().max()
-    assert difference <= (0.01 if activations else 1e-5) * expected.abs().max()
+    assert difference <= {"int8": 0.01, "int16": 1e-4, None: 1e-5}[activations] * expected.abs().max()
 
 
 def test_quantizes_with_the_tied_table_packed_once():

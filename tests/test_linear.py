@@ -19,27 +19,32 @@ def oracle(x, packed, scale, bias, cfg, n, *, s_x=None, zero_point=0):
     """Integer sums in int64, written from design section 4 without reference.linear; float32 tail in its order."""
     k, size = x.shape[-1], cfg.group_size or max(x.shape[-1], 1)
     level = reference.unpack(packed, cfg.grid, n, k).long()
-    x = x.float()
-    if s_x is None:
-        absmax = x.abs().amax(-1, keepdim=True)
-        scale_x = torch.where(absmax == 0, torch.ones_like(absmax), absmax / 127)
-        q = (x / scale_x).round().clamp(-127, 127).long()
-    else:
-        scale_x = torch.full_like(x[..., :1], s_x)
-        q = ((x / scale_x).round() + zero_point).clamp(-128, 127).long() - zero_point
+    rest, parts = x.float(), []
+    for _ in range(2 if cfg.activations == "int16" else 1):
+        if s_x is None:
+            absmax = rest.abs().amax(-1, keepdim=True)
+            scale_x = torch.where(absmax == 0, torch.ones_like(absmax), absmax / 127)
+            q = (rest / scale_x).round().clamp(-127, 127).long()
+        else:
+            scale_x = torch.full_like(rest[..., :1], s_x)
+            q = ((rest / scale_x).round() + zero_point).clamp(-128, 127).long() - zero_point
+        parts.append((q, scale_x))
+        rest = rest - q * scale_x
     out = torch.zeros(*x.shape[:-1], n)
     for g in range(scale.shape[0]):
         part = slice(g * size, (g + 1) * size)
-        acc = q[..., part] @ level[:, part].t()
-        assert acc.abs().max() < 2**31
-        out += acc.float() * (scale_x * scale[g])
+        for q, scale_x in parts:
+            acc = q[..., part] @ level[:, part].t()
+            assert acc.abs().max() < 2**31
+            out += acc.float() * (scale_x * scale[g])
     return out if bias is None else out + bias
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("granularity", ["channel", 32, 64, 128])
-def test_integer_linear_is_exact(isa, grid, granularity):
-    cfg = PoTConfig(grid=grid, granularity=granularity)
+@pytest.mark.parametrize("activations", ["int8", "int16"])
+def test_integer_linear_is_exact(isa, grid, granularity, activations):
+    cfg = PoTConfig(grid=grid, granularity=granularity, activations=activations)
     for m, n, k in [(1, 16, 64), (1, 50, 100), (2, 17, 65), (3, 7, 1), (5, 33, 129), (9, 16, 192), (13, 1, 257),
                     (64, 20, 96), (65, 31, 70), (131, 48, 128)]:  # fmt: skip
         packed, scale = make(n, k, cfg)
@@ -47,14 +52,15 @@ def test_integer_linear_is_exact(isa, grid, granularity):
         for b in (None, bias):
             ours = potqat.linear(x, packed, scale, b, cfg, out_features=n)
             assert torch.equal(ours, oracle(x, packed, scale, b, cfg, n)), (m, n, k)
-            assert torch.equal(ours, reference.linear(x, packed, scale, b, grid, n, cfg.group_size))
+            assert torch.equal(ours, reference.linear(x, packed, scale, b, grid, n, cfg.group_size, activations))
 
 
 @pytest.mark.parametrize("granularity", ["channel", 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_outputs_are_exact(isa, granularity, dtype):
+@pytest.mark.parametrize("activations", ["int8", "int16"])
+def test_large_outputs_are_exact(isa, granularity, dtype, activations):
     """More than 1 MB, which is written around the cache, and more than one block of rows."""
-    cfg = PoTConfig(granularity=granularity)
+    cfg = PoTConfig(granularity=granularity, activations=activations)
     packed, scale = make(400, 66, cfg)
     x, bias = torch.randn(700, 66).to(dtype), torch.randn(400)
     ours = potqat.linear(x, packed, scale, bias, cfg, out_features=400)
@@ -113,7 +119,7 @@ def test_largest_sums_stay_exact(isa, grid):
                        oracle(x, packed, scale, None, cfg, 3))  # fmt: skip
 
 
-@pytest.mark.parametrize("activations", ["int8", None])
+@pytest.mark.parametrize("activations", ["int8", "int16", None])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_every_isa_and_thread_count_gives_the_scalar_bits(one_thread, grid, activations):
     available = potqat.cpu_info()["available"]
@@ -158,9 +164,26 @@ def test_float_activations_within_the_summation_bound(isa, grid, granularity):
     assert ((potqat.linear(x, packed, scale, None, cfg, out_features=n) - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_int16_activations_are_within_half_a_step_of_the_second_number(isa, grid):
+    """The rest of x is at most s_x / 2, s_x = absmax / 127, and its step 1/127 of that at most: a value is off by s_x / 508
+    (and a few eps, of x's quotient and of the rest). Per output 2 products and a sum in float32: 4 eps sum |x w|."""
+    cfg = PoTConfig(grid=grid, activations="int16")
+    n, k = 37, 300
+    packed, scale = make(n, k, cfg)
+    x = torch.randn(9, k) * torch.tensor([1.0, 30.0, 0.0]).repeat(k // 3)
+    w = potqat.unpack(packed, scale, cfg, (n, k)).double().abs()
+    exact = x.double() @ potqat.unpack(packed, scale, cfg, (n, k)).double().t()
+    largest, eps = x.double().abs().amax(-1, keepdim=True), 2.0**-24
+    bound = (largest / 127 / 508 * (1 + 4 * eps) + 2 * eps * largest) * w.sum(-1) + 4 * eps * (x.double().abs() @ w.t())
+    error = (potqat.linear(x, packed, scale, None, cfg, out_features=n) - exact).abs()
+    assert (error <= bound).all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_row_that_is_not_finite_spoils_only_itself(isa, value):
-    cfg = PoTConfig()
+@pytest.mark.parametrize("activations", ["int8", "int16"])
+def test_a_row_that_is_not_finite_spoils_only_itself(isa, value, activations):
+    cfg = PoTConfig(activations=activations)
     packed, scale = make(20, 70, cfg)
     x = torch.randn(3, 70)
     clean = potqat.linear(x, packed, scale, None, cfg, out_features=20)
@@ -168,6 +191,14 @@ def test_a_row_that_is_not_finite_spoils_only_itself(isa, value):
     ours = potqat.linear(x, packed, scale, None, cfg, out_features=20)
     assert ours[1].isnan().all()
     assert torch.equal(ours[::2], clean[::2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_spoils_only_itself_with_a_given_scale(isa, value):
+    cfg = PoTConfig()
+    packed, scale = make(20, 70, cfg)
+    x = torch.randn(3, 70)
+    x[1, 5] = value
     static = potqat.linear(x, packed, scale, None, cfg, out_features=20, input_scale=0.1, input_zero_point=3)
     assert static[1].isnan().all()
     assert static[::2].isfinite().all()

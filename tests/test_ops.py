@@ -31,8 +31,8 @@ def test_opcheck(dtype):
     opcheck(o.pack, (w, scale, "pot4", "nearest", 64))
     opcheck(o.unpack, (packed, scale, "pot4", 33, 100, 64))
     x = torch.randn(2, 3, 100).to(dtype)
-    for mode, s_x, zero_point in [("int8", 1.0, 0), ("float", 1.0, 0), ("static", 0.1, 4)]:
-        x = x.detach().requires_grad_(mode == "int8")
+    for mode, s_x, zero_point in [("int8", 1.0, 0), ("int16", 1.0, 0), ("float", 1.0, 0), ("static", 0.1, 4)]:
+        x = x.detach().requires_grad_(mode.startswith("int"))
         opcheck(o.linear, (x, packed, scale, torch.randn(33), "pot4", 33, 64, mode, s_x, zero_point))
     opcheck(o.embedding, (torch.randint(33, (2, 5)), packed, scale, "pot4", 33, 100, 64))
 

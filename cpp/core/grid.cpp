@@ -103,6 +103,7 @@ bool parse_scale_method(std::string_view name, ScaleMethod* method) {
 bool parse_activations(std::string_view name, Activations* activations) {
   if (name == "float") return *activations = Activations::kFloat, true;
   if (name == "int8") return *activations = Activations::kInt8, true;
+  if (name == "int16") return *activations = Activations::kInt16, true;
   if (name == "static") return *activations = Activations::kStatic, true;
   return false;
 }

@@ -33,10 +33,12 @@ using Rows = std::unique_ptr<T[], FreeRows>;
 struct Inputs {
   int64_t stride;              // inputs, padded
   Rows<int8_t> q;              // [rows, stride]; where a zero point needs sums of levels, row m is ones
-  std::vector<int32_t> q_sum;  // [m + 1, groups]
+  std::vector<int32_t> q_sum;  // [rows, groups]
   Rows<float> x;               // [rows, stride], float activations
-  std::vector<float> scale;    // [m] s_x; NaN for a row that holds NaN or infinity
+  std::vector<float> scale;    // [rows] s_x; NaN for a row that holds NaN or infinity
   int32_t zero_point = 0;
+  int64_t parts = 1;      // 2: row part_rows + r has what row r leaves
+  int64_t part_rows = 0;  // whole tiles, so that what is read beyond the last row is there
 };
 
 // One token: x [k] -> q and its sums [groups], returns s_x.
@@ -47,13 +49,14 @@ float quantize_row(const Linear& a, const KernelTable& table, const float* x, in
     std::memset(q_sum, 0, group_count(a.k, a.q.group_size) * sizeof(int32_t));
     return std::numeric_limits<float>::quiet_NaN();
   }
+  const bool is_static = a.activations == Activations::kStatic;
   float scale = a.input_scale, low = -128.0f - a.input_zero_point, high = 127.0f - a.input_zero_point;
-  if (a.activations == Activations::kInt8) {
+  if (!is_static) {
     scale = most == 0 ? 1.0f : std::fmax(most / 127.0f, std::numeric_limits<float>::min());
     low = -127.0f;
     high = 127.0f;
   }
-  const int32_t zero_point = a.activations == Activations::kInt8 ? 0 : a.input_zero_point;
+  const int32_t zero_point = is_static ? a.input_zero_point : 0;
   for_each_group(a.k, a.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
     q_sum[group] = table.quantize(x + first, last - first, scale, low, high, zero_point, q + first);
   });
@@ -74,11 +77,14 @@ Inputs prepare(const Linear& a, const KernelTable& table, int64_t groups, const 
   // An odd number of cache lines: rows a multiple of 4 KiB apart would all fall into one set of the cache.
   in.stride = ((a.k + kTileInputs - 1) / kTileInputs | 1) * kTileInputs;
   const bool quantized = a.activations != Activations::kFloat;
-  const int64_t rows = a.m + (a.activations == Activations::kStatic);
+  in.parts = a.activations == Activations::kInt16 ? 2 : 1;
+  in.part_rows = in.parts > 1 ? (a.m + kRowPadding - 1) / kRowPadding * kRowPadding : 0;
+  const int64_t rows = (in.parts - 1) * in.part_rows + a.m + (a.activations == Activations::kStatic);
   in.zero_point = a.activations == Activations::kStatic ? a.input_zero_point : 0;
-  in.scale.assign(a.m, 1.0f);
+  in.scale.assign(rows, 1.0f);
   if (quantized) {
     in.q = padded_rows<int8_t>(rows, a.k, in.stride);
+    if (in.part_rows) std::memset(in.q.get() + a.m * in.stride, 0, (in.part_rows - a.m) * in.stride);
     in.q_sum.resize(rows * groups);
   } else {
     in.x = padded_rows<float>(rows, a.k, in.stride);
@@ -86,17 +92,25 @@ Inputs prepare(const Linear& a, const KernelTable& table, int64_t groups, const 
   const Matrix x = {a.x, a.dtype, a.m, a.k, a.k, 1};
   const int64_t grain = std::max<int64_t>(1, kMinThreadWork / 16 / std::max<int64_t>(1, a.k));
   parallel(a.m, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer(a.dtype == DType::kFloat32 ? 0 : a.k);
+    std::vector<float> buffer(a.dtype == DType::kFloat32 ? 0 : a.k), rest(in.parts > 1 ? a.k : 0);
+    const auto quantize = [&](int64_t to, const float* values) {
+      in.scale[to] = quantize_row(a, table, values, in.q.get() + to * in.stride, in.q_sum.data() + to * groups);
+    };
     for (int64_t r = begin; r < end; ++r) {
       const float* row = view_row(x, r, buffer.data());
       if (quantized) {
-        in.scale[r] = quantize_row(a, table, row, in.q.get() + r * in.stride, in.q_sum.data() + r * groups);
+        quantize(r, row);
+        if (in.parts > 1) {
+          const int8_t* q = in.q.get() + r * in.stride;
+          for (int64_t j = 0; j < a.k; ++j) rest[j] = row[j] - static_cast<float>(q[j]) * in.scale[r];
+          quantize(in.part_rows + r, rest.data());
+        }
       } else if (a.k) {
         std::memcpy(in.x.get() + r * in.stride, row, a.k * sizeof(float));
       }
     }
   });
-  if (rows > a.m) {
+  if (a.activations == Activations::kStatic) {
     std::memset(in.q.get() + a.m * in.stride, 1, a.k);
     for_each_group(a.k, a.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
       in.q_sum[a.m * groups + group] = static_cast<int32_t>(last - first);
@@ -129,17 +143,19 @@ class Blocks {
 
  private:
   void rows(int64_t r0, int64_t count) {
-    // float32 of one group, or of few rows: results go where they belong. Else they gather here, and are cast and
+    // float32 of one pass, or of few rows: results go where they belong. Else they gather here, and are cast and
     // copied at the end.
     const bool together = table_.groups_together && groups_ > 1 && a_.q.group_size % kTileInputs == 0 &&
-                          a_.activations != Activations::kFloat && !in_.zero_point && count >= kManyRows;
-    const bool direct = a_.dtype == DType::kFloat32 && (groups_ == 1 || together || count <= kRowPadding);
+                          a_.activations != Activations::kFloat && in_.parts == 1 && !in_.zero_point &&
+                          count >= kManyRows;
+    const bool one_pass = together || groups_ * in_.parts == 1;
+    const bool direct = a_.dtype == DType::kFloat32 && (one_pass || count <= kRowPadding);
     float* y = direct ? static_cast<float*>(a_.out) + r0 * a_.n + n0_ : y_;
     const int64_t y_stride = direct ? a_.n : kWidth;
     if (together) {
       dot_together(r0, count, y, y_stride);
     } else {
-      dot_each(r0, count, y, y_stride, direct && stream_);
+      dot_each(r0, count, y, y_stride, one_pass && direct && stream_);
     }
     if (direct) return;
     for (int64_t r = 0; r < count; ++r) store(y_ + r * kWidth, width_, a_.dtype, a_.out, (r0 + r) * a_.n + n0_);
@@ -170,11 +186,16 @@ class Blocks {
     for_each_group(a_.k, a_.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
       const float* scale = whole_width(a_.scale + group * a_.n + n0_, padded[0]);
       const float* bias = a_.bias && last == a_.k ? whole_width(a_.bias + n0_, padded[1]) : nullptr;
-      const Output output = {in_.scale.data() + r0, scale, bias, nullptr, group == 0, stream, width_, y, y_stride, 0};
-      if (a_.activations == Activations::kFloat) {
-        dot_float(first, last, r0, count, output);
-      } else {
-        dot(group, 1, first, last, r0, count, output);
+      for (int64_t part = 0; part < in_.parts; ++part) {
+        const int64_t row = part * in_.part_rows + r0;
+        const bool start = group == 0 && part == 0, end = part + 1 == in_.parts;
+        const Output output = {
+            in_.scale.data() + row, scale, end ? bias : nullptr, nullptr, start, stream, width_, y, y_stride, 0};
+        if (a_.activations == Activations::kFloat) {
+          dot_float(first, last, row, count, output);
+        } else {
+          dot(group, 1, first, last, row, count, output);
+        }
       }
     });
   }

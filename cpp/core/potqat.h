@@ -39,7 +39,7 @@ constexpr int64_t kMaxInputs = 131071;
 enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16 };
 enum class Rounding : uint8_t { kNearest, kLog, kPaper };
 enum class ScaleMethod : uint8_t { kAbsmax, kMse, kOutput };
-enum class Activations : uint8_t { kFloat, kInt8, kStatic };
+enum class Activations : uint8_t { kFloat, kInt8, kInt16, kStatic };
 
 struct Grid {
   enum class Kind : uint8_t { kPot, kE2m1, kInt4, kInt8 };
@@ -110,9 +110,10 @@ POTQAT_API Status check_packed(const uint8_t* packed, const Grid& grid, int64_t 
 
 // out [m, n] = x [m, k] times the packed weight, in x's dtype; x and out contiguous.
 //   kInt8:   per row s_x = absmax / 127 (1 if all zero), q = clamp(round-half-even(x / s_x), +-127)
+//   kInt16:  two int8 numbers a value: q of x as for kInt8, and, likewise, q of the rest, x - q * s_x
 //   kStatic: q = clamp(round-half-even(x / input_scale) + input_zero_point, -128, 127), s_x = input_scale
-//   acc = sum of level * (q - zero point), exact in int32; y = sum over groups, k ascending, of
-//   float(acc) * (s_x * s_w), then + bias, all float32 without fused multiply-add, then cast.
+//   acc = sum of level * (q - zero point), exact in int32; y = sum over groups, k ascending (and in each over the two
+//   numbers of kInt16), of float(acc) * (s_x * s_w), then + bias, all float32 without fused multiply-add, then cast.
 //   kFloat:  per output and group acc = sum of x * level in float32, k ascending; y as above with s_x = 1.
 // The bits of out depend neither on the instruction set nor on the threads.
 struct Linear {

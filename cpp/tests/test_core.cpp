@@ -171,7 +171,8 @@ void run(const Case& c, std::mt19937& random) {
            c.name());
     results.add("embedding", rows);
 
-    for (const Activations activations : {Activations::kInt8, Activations::kStatic, Activations::kFloat}) {
+    for (const Activations activations :
+         {Activations::kInt8, Activations::kInt16, Activations::kStatic, Activations::kFloat}) {
       std::vector<float> out(c.m * c.n);
       const float input_scale = c.data == Data::kQuarters ? 0.5f : 0.02f;
       const potqat::Linear args = {x.data(),     DType::kFloat32, c.m, c.n,         c.k,         packed.data(),
@@ -201,7 +202,7 @@ void run_half(const std::string& grid, DType dtype, int64_t n, int64_t k, std::m
     expect(potqat::fake_quantize(matrix, scale.data(), q, fake.data(), halves).ok(), name);
     expect(potqat::pack(matrix, scale.data(), q, packed.data(), halves).ok(), name);
     results.add("fake_quantize", fake);
-    for (const Activations activations : {Activations::kInt8, Activations::kFloat}) {
+    for (const Activations activations : {Activations::kInt8, Activations::kInt16, Activations::kFloat}) {
       const potqat::Linear args = {x.data(), dtype, m,           n, k, packed.data(), scale.data(),
                                    nullptr,  q,     activations, 0, 0, out.data()};
       expect(potqat::linear(args, halves).ok(), name);

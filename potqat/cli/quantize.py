@@ -16,7 +16,7 @@ from pathlib import Path
 from potqat.cli import quantizer
 from potqat.cli.errors import Stopped, Usage
 from potqat.cli.quantizer import FLOAT
-from potqat.config import ROUNDINGS, PoTConfig
+from potqat.config import ACTIVATIONS, ROUNDINGS, PoTConfig
 
 DEFAULT = PoTConfig()
 SCALES = ("absmax", "mse", "output")  # those that need no training
@@ -70,8 +70,8 @@ def add(verbs) -> None:
         "whose predicted loss is at most X nats a token more; needs --calibration (default: the same for all layers)",
     )  # fmt: skip
     parser.add_argument(
-        "--activations", choices=(DEFAULT.activations, FLOAT), default=DEFAULT.activations,
-        help="what the linear layers compute with (default: %(default)s)",
+        "--activations", choices=[name or FLOAT for name in ACTIVATIONS], default=DEFAULT.activations,
+        help="what the linear layers compute with; int16 is two int8 numbers a value (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",
