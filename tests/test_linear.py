@@ -166,8 +166,9 @@ def test_float_activations_within_the_summation_bound(isa, grid, granularity):
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_int16_activations_are_within_half_a_step_of_the_second_number(isa, grid):
-    """The rest of x is at most s_x / 2, s_x = absmax / 127, and its step 1/127 of that at most: a value is off by s_x / 508
-    (and a few eps, of x's quotient and of the rest). Per output 2 products and a sum in float32: 4 eps sum |x w|."""
+    """The rest of x is at most s_x / 2, s_x = absmax / 127, and its step 1/127 of that at most: a value is off by
+    s_x / 508 (and a few eps, of x's quotient and of the rest). Per output 2 products and a sum in float32: 4 eps
+    sum |x w|."""
     cfg = PoTConfig(grid=grid, activations="int16")
     n, k = 37, 300
     packed, scale = make(n, k, cfg)
