@@ -18,7 +18,7 @@ from torch import nn
 import potqat
 from potqat import PoTConfig
 from potqat.cli import main
-from potqat.flows import losses, sources, training
+from potqat.flows import evaluate, losses, sources, training
 from potqat.flows.recipe import LOSSES, PARTS, PRESETS, QUANTIZER, Recipe
 from potqat.models.gpt import GPT, GPTConfig
 
@@ -113,6 +113,20 @@ def test_a_run_leaves_a_packed_model_that_the_other_verbs_read(at, run, capsys):
     assert main(["generate", str(out / "packed"), "--prompt", "The number", "--max-new-tokens", "3"]) == 0
     files = ("config.json", "model.safetensors")
     assert metrics["file_bytes"] == sum((out / "packed" / name).stat().st_size for name in files)
+
+
+@pytest.mark.parametrize("kind", ["llama", "nanogpt"])
+def test_the_control_is_kept_as_a_model_to_compare_with(at, run, tmp_path, kind):
+    out = run[0] if kind == "llama" else tmp_path / "out"
+    if kind == "nanogpt":
+        assert main(command(at, kind, out, "--loss=ce", "--control")) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    tokenizer = sources.tokenizer(str(at.text)) if kind == "nanogpt" else at.tokenizer
+    recipe = replace(Recipe(), context=metrics["recipe"]["context"])
+    data = training.load_data(at.text, tokenizer, sources.find(str(getattr(at, kind))), recipe)
+    control = sources.logits_of(sources.load(sources.find(str(out / metrics["control"]))))
+    again = evaluate.measure(control, data.held_out[: training.MEASURED_TOKENS], recipe.context)
+    assert again.loss == metrics["results"]["control"]["loss"] != metrics["results"]["qat"]["loss"]
 
 
 def test_training_lowers_the_loss_and_the_packed_model_keeps_it(run):

@@ -135,7 +135,7 @@ def _shown(metrics: dict, out: Path) -> str:
     if "control" in found:
         control = found["control"]
         lines.append(
-            f"float control after as many: perplexity {control['perplexity']:.4f}; "
+            f"float control after as many ({out / metrics['control']}): perplexity {control['perplexity']:.4f}; "
             f"packed / control {found['ratio_to_control']:.4f}"
         )
     elif recipe["loss"] != "kl":

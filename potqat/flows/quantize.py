@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -233,8 +233,16 @@ def run(
     return report, write_model(model, tokenizer, folder)
 
 
-def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> int:
+def write_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    save: Callable[[nn.Module, Path], Any] = potqat.save,
+) -> Any:
     """Write a packed model and its tokenizer; returns the bytes of the model's files.
+
+    Args:
+        save: what writes the model, for one that is not packed; its result is returned.
 
     Raises:
         OSError: writing failed.
@@ -242,6 +250,6 @@ def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, fol
     try:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        return potqat.save(model, folder)
+        return save(model, folder)
     except Exception as error:  # of a full disk tokenizers and safetensors say it with types of their own
         raise OSError(f"{folder.parent}: cannot write a folder there: {error}; make room or name another") from error

@@ -9,12 +9,14 @@ model and, where asked for, beside a float control: the same model trained in fl
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ from potqat.flows import evaluate, losses, quantize, results, sources, training_
 from potqat.flows.recipe import Recipe
 from potqat.flows.text import tokenize
 from potqat.flows.trainer import Trained, stop_on_interrupt, train
-from potqat.models.gpt import GPTConfig
+from potqat.models.gpt import GPT, GPTConfig
 from potqat.plan import check_packable, plan
 
 if TYPE_CHECKING:
@@ -85,8 +87,9 @@ def run(
 ) -> dict[str, Any]:
     """Train, or go on where a run in ``out`` stopped.
 
-    Leaves in ``out``: ``packed/`` (the model, with its tokenizer), metrics.json, training.png, and ``state/`` (what
-    resuming needs; delete it when no more is trained).
+    Leaves in ``out``: ``packed/`` (the model, with its tokenizer), metrics.json, training.png, ``control/`` (the float
+    control, if there is one; of nanoGPT a checkpoint ``control.pt``), and ``state/`` (what resuming needs; delete it
+    when no more is trained).
 
     Args:
         cfg: where it needs calibration, that is on ``recipe.calibration_tokens`` of ``data.train``.
@@ -123,6 +126,7 @@ def run(
 
     packed, size = _packed(student, tokenizer, out / "packed")
     models[QAT] = packed
+    written = {CONTROL: _write_control(models[CONTROL], tokenizer, out)} if control else {}
     measured = _measured(models, teacher, data, recipe)
     metrics = {
         "model": source.name,
@@ -135,6 +139,7 @@ def run(
         "losses": {name: done.losses for name, done in trained.items()},
         "start": report,
         "machine": results.machine(),
+        **written,
     }
     training_plot.plot(out / "training.png", metrics)
     results.write_json(out / "metrics.json", metrics)
@@ -251,11 +256,29 @@ def _point(teacher: nn.Module, data: Data, recipe: Recipe) -> Callable[[nn.Modul
 def _packed(student: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> tuple[nn.Module, int]:
     """The model as it will be used, read back from the folder that it was written to, and its bytes."""
     potqat.convert_(student)
+    with _anew(folder) as part:
+        size = quantize.write_model(student, tokenizer, part)
+    return sources.load(sources.find(str(folder))), size
+
+
+def _write_control(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, out: Path) -> str:
+    """Write the float control, to be a reference of ``potqat eval``; returns its name in ``out``."""
+    if isinstance(model, GPT):
+        held = {"model": model.state_dict(), "model_args": dataclasses.asdict(model.config)}
+        potqat.checkpoint.write(out / f"{CONTROL}.pt", lambda part: torch.save(held, part))
+        return f"{CONTROL}.pt"
+    with _anew(out / CONTROL) as part:
+        quantize.write_model(model, tokenizer, part, lambda model, folder: model.save_pretrained(folder))
+    return CONTROL
+
+
+@contextmanager
+def _anew(folder: Path) -> Iterator[Path]:
+    """A folder to write in that takes the place of ``folder``, and of what an earlier run left there."""
     if folder.exists():
         shutil.rmtree(folder)
     with quantize.new_folder(folder) as part:
-        size = quantize.write_model(student, tokenizer, part)
-    return sources.load(sources.find(str(folder))), size
+        yield part
 
 
 def _measured(models: dict[str, nn.Module], teacher: nn.Module, data: Data, recipe: Recipe) -> dict[str, Any]:
