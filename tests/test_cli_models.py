@@ -9,7 +9,6 @@ import io
 import json
 import resource
 import shutil
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -631,7 +630,7 @@ def test_a_stopped_quantize_leaves_nothing(at, tmp_path, monkeypatch):
     def interrupted(model, folder):
         saved(model, folder)
         assert (folder / "model.safetensors").exists()
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(potqat, "save", interrupted)
     assert failure(130, "quantize", at.gpt2, "--out", tmp_path / "new")[-1] == "potqat: stopped"
@@ -651,7 +650,7 @@ def test_a_stopped_calibration_goes_on(at, tmp_path, monkeypatch):
         for inputs in walk(*arguments):
             shown.append(inputs)
             if len(shown) == 6:  # the second of four in the second of two blocks
-                signal.raise_signal(signal.SIGINT)
+                raise KeyboardInterrupt
             yield inputs
 
     monkeypatch.setattr(calibrate, "walk", interrupted)
@@ -692,7 +691,7 @@ def test_a_stopped_evaluation_goes_on(at, tmp_path, monkeypatch):
         def logits(ids):
             calls.append(ids)
             if len(calls) == 8:
-                signal.raise_signal(signal.SIGINT)
+                raise KeyboardInterrupt
             return logits_of(model)(ids)
 
         return logits
@@ -718,7 +717,7 @@ def test_several_texts_are_each_measured_and_a_stop_in_the_second_keeps_the_firs
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) == alone[0]["windows"] + 3:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return score(*arguments)
 
     monkeypatch.setattr(evaluate, "score", interrupted)
@@ -742,7 +741,7 @@ def test_a_stopped_generation_ends_its_line(at, monkeypatch):
     def interrupted(self, *arguments, **options):
         calls.append(arguments)
         if len(calls) == 5:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return decode(self, *arguments, **options)
 
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "decode", interrupted)
