@@ -6,7 +6,6 @@ kept, what its layers get in float, and the moments of one layer. So memory does
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections import Counter
@@ -61,8 +60,8 @@ def walk(
     model: nn.Module,
     batches: Sequence[torch.Tensor],
     floats: Mapping[str, nn.Module],
-    before: Callable[[str, list[Callable[[], torch.Tensor]]], None] | None = None,
-    after: Callable[[str, list[Callable[[], torch.Tensor]], list[torch.Tensor]], None] | None = None,
+    before: Callable[[str, Rows], None] | None = None,
+    after: Callable[[str, Rows, list[torch.Tensor]], None] | None = None,
 ) -> Iterator[Inputs]:
     """Yield the inputs of each layer that is float as yet, in the order of their calls.
 
@@ -75,10 +74,10 @@ def walk(
         batches: token ids, int64 [B, T] each.
         floats: the float layers by their names in ``model``, where some may be replaced already; their one input is
             [..., K]. One that is never called comes with a count of 0.
-        before: called with the name of each block, and a run of it on each row of the batches, before its first
-            inputs; it may change the block's weights, but not what it returns.
-        after: called with the name of each block, such runs, and what the float model has in the place of their
-            results, after its last inputs; it may replace the block's layers once more.
+        before: called with the name of each block, and what runs it, before its first inputs; it may change the
+            block's weights, but not what it returns.
+        after: called with the name of each block, what runs it, and what the float model has in the place of its
+            results, [1, T, C] for each row, after its last inputs; it may replace the block's layers once more.
 
     Raises:
         ValueError: the model does not run on the first batch, or has no such blocks.
@@ -102,13 +101,33 @@ def walk(
         )  # fmt: skip
         for i, members in enumerate(bar):
             if before is not None:
-                before(names[chain.blocks[i]], chain.runs(i))
+                before(names[chain.blocks[i]], Rows(chain, i))
             yield from chain.inputs(members, i)
             if after is not None:
-                after(names[chain.blocks[i]], chain.runs(i), chain.targets(members, i))
+                after(names[chain.blocks[i]], Rows(chain, i), chain.targets(members, i))
             if late or i + 1 < len(inside):
                 chain.advance(members, i)
         yield from chain.inputs(late, len(inside))
+
+
+class Rows:
+    """Runs of one block, as it is when it is called, on rows of the calibration data, which has ``len()`` of them."""
+
+    def __init__(self, chain: _Chain, at: int):
+        self._chain, self._at = chain, at
+        self._places = [(b, row) for b, ids in enumerate(chain.batches) for row in range(len(ids))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __call__(self, rows: Sequence[int]) -> torch.Tensor:
+        """The hidden states [R, T, C] that the block returns for these rows, which are of one length T."""
+        with torch.autocast("cpu", enabled=False):  # which does not stack float16
+            ids, hidden = (
+                torch.stack([batches[b][row] for b, row in (self._places[i] for i in rows)])
+                for batches in (self._chain.batches, self._chain.hidden)
+            )
+        return self._chain.run(self._at, ids, hidden)
 
 
 class _Reached(Exception):
@@ -210,21 +229,18 @@ class _Chain:
 
         return forward
 
-    def _run(
-        self, at: int, b: int, hidden: list[torch.Tensor | None], rows: slice = slice(None)
-    ) -> torch.Tensor | None:
-        self._at, self._now = at, None if hidden[b] is None else hidden[b][rows]
+    def run(self, at: int, ids: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        """What block ``at`` returns for the tokens ``ids`` that enter it as ``hidden``; -1: what enters the first."""
+        self._at, self._now = at, hidden
         with suppress(_Reached):
-            self.model(self.batches[b][rows], **self.options)
+            self.model(ids, **self.options)
         return self._now
 
-    def runs(self, at: int) -> list[Callable[[], torch.Tensor]]:
-        """For each row of the batches a run of block ``at``, which returns its hidden states."""
-        rows = ((b, slice(row, row + 1)) for b, ids in enumerate(self.batches) for row in range(len(ids)))
-        return [functools.partial(self._run, at, b, self.hidden, row) for b, row in rows]
+    def _run(self, at: int, b: int, hidden: list[torch.Tensor | None]) -> torch.Tensor | None:
+        return self.run(at, self.batches[b], hidden[b])
 
     def targets(self, names: list[str], at: int) -> list[torch.Tensor]:
-        """What the float model has after block ``at``, which holds the layers ``names``: a tensor for each of runs."""
+        """What the float model has after block ``at``, which holds the layers ``names``: [1, T, C] for each row."""
         return [
             rows[row : row + 1]
             for rows in (self._float_output(b, names, at) for b in range(len(self.batches)))

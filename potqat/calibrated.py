@@ -88,17 +88,17 @@ def pack_layers(model: nn.Module, parts: Split, batches: list[torch.Tensor], kep
         if kept is not None and (name not in learning or entry.block_error is not None):
             kept.save(name, new, entry)
 
-    def before(block: str, runs: list) -> None:
+    def before(block: str, run: calibrate.Rows) -> None:
         inside = {name: sites[name] for name in to_learn if name.startswith(f"{block}.")}
         if any(name not in entries for name in inside):  # of a block that is learned as a whole nothing is finished
             learning.update(inside)
             for name in inside:
                 modules.replace(model, {model.get_submodule(name): floats[name]})
-        smooth_block(block, runs)
+        smooth_block(block, run)
 
-    def after(block: str, runs: list, targets: list) -> None:
+    def after(block: str, run: calibrate.Rows, targets: list[torch.Tensor]) -> None:
         if learning:
-            for name, (new, entry) in _reconstructed(model, learning, entries, runs, targets).items():
+            for name, (new, entry) in _reconstructed(model, learning, entries, run, targets).items():
                 finish(name, new, entry)
             learning.clear()
 
@@ -123,7 +123,7 @@ def pack_layers(model: nn.Module, parts: Split, batches: list[torch.Tensor], kep
 @contextmanager
 def _smoothing(
     model: nn.Module, sites: dict[str, Site], kept: Unfinished | None
-) -> Iterator[tuple[Callable[[str, list], None], set[str]]]:
+) -> Iterator[tuple[Callable[[str, calibrate.Rows], None], set[str]]]:
     """(what smooths a block before it is calibrated, names of the layers that read something smoothed so far). The
     blocks that ``kept`` knows of are smoothed at once; after an error all are as they were."""
     floats = smooth.float_modules(model, {name: site.module for name, site in sites.items()})
@@ -136,11 +136,11 @@ def _smoothing(
         applied.extend(smoothings)
         readers.update(name for smoothing in smoothings for name in smoothing.readers)
 
-    def before(block: str, runs: list) -> None:
+    def before(block: str, run: calibrate.Rows) -> None:
         inside = {name: cfg for name, cfg in int8.items() if name.startswith(f"{block}.")}
         if block in known or not inside:
             return
-        note(smooth.smooth(block, floats, inside, runs))
+        note(smooth.smooth(block, floats, inside, run))
         if kept is not None:
             kept.save_smoothings(block, [smoothing for smoothing in applied if smoothing.readers[0] in inside])
 
@@ -178,10 +178,14 @@ def _calibrated(site: Site, inputs: calibrate.Inputs, smoothed: bool = False) ->
 
 
 def _reconstructed(
-    model: nn.Module, sites: dict[str, Site], entries: dict[str, Entry], runs: list, targets: list
+    model: nn.Module,
+    sites: dict[str, Site],
+    entries: dict[str, Entry],
+    run: calibrate.Rows,
+    targets: list[torch.Tensor],
 ) -> dict[str, tuple[PackedLinear, Entry]]:
     """The layers ``sites`` of a block, with the scales and the weights that they have learned together."""
-    learned, before, after = reconstruct(model, sites, runs, targets)
+    learned, before, after = reconstruct(model, sites, run, targets)
     found = {}
     for name, (weight, scale) in learned.items():
         site = sites[name]

@@ -7,7 +7,8 @@ trained: EfficientQAT's Block-AP (arXiv 2407.11062). That blocks are the unit to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,10 +16,10 @@ from torch import nn
 
 from potqat import modules
 from potqat._C import cpu_info
+from potqat.calibrate import Rows
 from potqat.fake_quant import PoTFakeQuantize
 from potqat.modules import PackedLinear
 from potqat.plan import Site
-from potqat.smooth import Run
 
 EPOCHS = 4  # times that each row of the calibration data is seen
 STEP = 1024  # tokens of a step, as near as whole rows come
@@ -28,14 +29,14 @@ WARMUP = 0.05  # share of the steps
 
 
 def reconstruct(
-    model: nn.Module, layers: Mapping[str, Site], runs: Sequence[Run], targets: Sequence[torch.Tensor]
+    model: nn.Module, layers: Mapping[str, Site], run: Rows, targets: Sequence[torch.Tensor]
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float, float]:
     """Train the packed linear ``layers`` of one block; the model is left as it was.
 
     Args:
         layers: of the block, by name; in ``model`` they are packed.
-        runs: a run of the block on each row of the calibration data, which returns its hidden states, [B, T, C].
-        targets: what they should be.
+        run: runs the block on rows of the calibration data.
+        targets: what it should return, [1, T, C] for each row.
 
     Returns:
         ({name: (weight to be rounded, float32 [N, K]; its scale, float32 [G, N])}, error before, error after): the
@@ -46,9 +47,9 @@ def reconstruct(
     twins = [_twin(site, module) for site, module in zip(layers.values(), packed, strict=True)]
     try:
         modules.replace(model, dict(zip(packed, twins, strict=True)))
-        before = _mean_error(runs, targets)
-        _train(twins, runs, targets)
-        after = _mean_error(runs, targets)
+        before = _mean_error(run, targets)
+        _train(twins, run, targets)
+        after = _mean_error(run, targets)
     finally:
         modules.replace(model, dict(zip(twins, packed, strict=True)))
     return {name: _result(twin) for name, twin in zip(layers, twins, strict=True)}, before, after
@@ -65,8 +66,8 @@ def _twin(site: Site, packed: PackedLinear) -> nn.Module:
     return twin
 
 
-def _train(twins: list[nn.Module], runs: Sequence[Run], targets: Sequence[torch.Tensor]) -> None:
-    at_once = max(1, STEP // targets[0].shape[1])
+def _train(twins: list[nn.Module], run: Rows, targets: Sequence[torch.Tensor]) -> None:
+    at_once = _at_once(targets)
     groups = [{"params": [twin.weight]} for twin in twins]
     rates = [RATE * twin.weight.detach().square().mean().sqrt().item() for twin in twins]
     groups.append({"params": [twin.weight_fake_quant.log2_scale for twin in twins]})
@@ -74,33 +75,52 @@ def _train(twins: list[nn.Module], runs: Sequence[Run], targets: Sequence[torch.
     trained = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rates, total_steps=EPOCHS * -(-len(runs) // at_once), pct_start=WARMUP, cycle_momentum=False
+        optimizer, rates, total_steps=EPOCHS * -(-len(run) // at_once), pct_start=WARMUP, cycle_momentum=False
     )
     # bfloat16 is enough for a straight-through gradient, and where there are tiles for it takes half of the time.
     halves = "amx" in cpu_info()["available"]
     generator = torch.Generator().manual_seed(0)
     for _ in range(EPOCHS):
-        for rows in torch.randperm(len(runs), generator=generator).split(at_once):
+        for rows in torch.randperm(len(run), generator=generator).split(at_once):
             optimizer.zero_grad()
-            for row in rows.tolist():
+            for part in _of_one_length(rows.tolist(), targets):
                 with torch.enable_grad():
-                    error = _error(runs[row], targets[row], halves) / len(rows)
+                    error = _errors(run, part, targets, halves).sum() / len(rows)
                 error.backward(inputs=trained)  # and not norms, which stay as they are
             optimizer.step()
             schedule.step()
 
 
-def _error(run: Run, target: torch.Tensor, halves: bool = False) -> torch.Tensor:
+def _at_once(targets: Sequence[torch.Tensor]) -> int:
+    """Rows of a step."""
+    return max(1, STEP // targets[0].shape[1])
+
+
+def _of_one_length(rows: list[int], targets: Sequence[torch.Tensor]) -> Iterator[list[int]]:
+    """The rows in parts that run together."""
+
+    def length(row: int) -> int:
+        return targets[row].shape[1]
+
+    for _, part in itertools.groupby(sorted(rows, key=length), key=length):
+        yield list(part)
+
+
+def _errors(run: Rows, rows: list[int], targets: Sequence[torch.Tensor], halves: bool = False) -> torch.Tensor:
+    """Of each of the rows, [R]."""
+    target = torch.cat([targets[row] for row in rows])
     with torch.autocast("cpu", torch.bfloat16, enabled=halves or target.dtype != torch.float32):
-        hidden = run()
+        hidden = run(rows)
     target = target.float()
     size = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((hidden.float() - target).square().sum(-1) / size).mean()
+    return ((hidden.float() - target).square().sum(-1) / size).mean(-1)
 
 
 @torch.no_grad()
-def _mean_error(runs: Sequence[Run], targets: Sequence[torch.Tensor]) -> float:
-    return sum(_error(run, target).item() for run, target in zip(runs, targets, strict=True)) / len(runs)
+def _mean_error(run: Rows, targets: Sequence[torch.Tensor]) -> float:
+    steps = torch.arange(len(run)).split(_at_once(targets))
+    parts = [part for rows in steps for part in _of_one_length(rows.tolist(), targets)]
+    return sum(_errors(run, part, targets).sum().item() for part in parts) / len(run)
 
 
 @torch.no_grad()

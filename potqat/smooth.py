@@ -9,7 +9,7 @@ harder to round, the more so on grids of even levels, so factors are chosen by w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from potqat import ops
+from potqat.calibrate import Rows
 from potqat.config import PoTConfig
 from potqat.modules import kind_of
 
@@ -25,8 +26,6 @@ SAMPLE, SAMPLE_RUNS = 1024, 16  # tokens that the factors are chosen on, and row
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 PHASES = (0.0, 0.5)
 LESS = 0.99  # an error must be so much smaller to be better: sums in another order do not decide
-
-Run = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,7 @@ def float_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str
 
 
 @torch.no_grad()
-def smooth(
-    block: str, floats: Mapping[str, nn.Module], readers: Mapping[str, PoTConfig], runs: Sequence[Run]
-) -> list[Smoothing]:
+def smooth(block: str, floats: Mapping[str, nn.Module], readers: Mapping[str, PoTConfig], run: Rows) -> list[Smoothing]:
     """Choose and apply what lowers the error of int8 activations and rounded weights in a block, which then returns the
     same bits as before in float.
 
@@ -85,23 +82,23 @@ def smooth(
         block: its name.
         floats: of float_modules.
         readers: the float linear layers in the block that will have int8 activations, and how they are quantized.
-        runs: a run of the block on each row of the calibration batches; returns the hidden states.
+        run: runs the block on rows of the calibration data.
     """
-    found = _pairs({n: m for n, m in floats.items() if n.startswith(f"{block}.")}, readers, runs[0])
+    found = _pairs({n: m for n, m in floats.items() if n.startswith(f"{block}.")}, readers, run)
     if not found:
         return []
     done = []
-    for (maker, names), x in zip(found, _sample(found, floats, runs), strict=True):
+    for (maker, names), x in zip(found, _sample(found, floats, run), strict=True):
         factors = _choose(x, [(_rows(floats[name]).float(), readers[name]) for name in names])
         smoothing = Smoothing(maker, names, factors)
-        if bool((factors != 1).any()) and _is_exact(smoothing, floats, runs[0]):
+        if bool((factors != 1).any()) and _is_exact(smoothing, floats, run):
             smoothing.apply(floats)
             done.append(smoothing)
     return done
 
 
 def _pairs(
-    floats: Mapping[str, nn.Module], readers: Mapping[str, PoTConfig], run: Run
+    floats: Mapping[str, nn.Module], readers: Mapping[str, PoTConfig], run: Rows
 ) -> list[tuple[str, tuple[str, ...]]]:
     """(maker, readers) by name, in the order of calls."""
     made: dict[int, tuple[str, torch.Tensor]] = {}
@@ -116,7 +113,7 @@ def _pairs(
 
     norms = {name: module for name, module in floats.items() if kind_of(module) is None}
     with _hooked({name: floats[name] for name in readers}, before), _hooked(norms, after, output=True):
-        run()
+        run([0])
     found = []
     for key, (x, names) in read.items():
         parent, _, leaf = names[0].rpartition(".")
@@ -130,10 +127,10 @@ def _pairs(
     return found
 
 
-def _sample(found: list, floats: Mapping[str, nn.Module], runs: Sequence[Run]) -> list[torch.Tensor]:
+def _sample(found: list, floats: Mapping[str, nn.Module], run: Rows) -> list[torch.Tensor]:
     """The tensor of each pair on SAMPLE tokens from all over the rows, float32 [S, K]."""
-    runs = runs[:: -(-len(runs) // SAMPLE_RUNS)]
-    share = -(-SAMPLE // len(runs))
+    chosen = range(0, len(run), -(-len(run) // SAMPLE_RUNS))
+    share = -(-SAMPLE // len(chosen))
     rows: dict[str, list[torch.Tensor]] = {names[0]: [] for _, names in found}
 
     def before(name, x):
@@ -141,8 +138,8 @@ def _sample(found: list, floats: Mapping[str, nn.Module], runs: Sequence[Run]) -
         rows[name].append(x[:: max(1, len(x) // share)][:share].float())
 
     with _hooked({name: floats[name] for name in rows}, before):
-        for run in runs:
-            run()
+        for row in chosen:
+            run([row])
     return [torch.cat(parts) for parts in rows.values()]
 
 
@@ -183,12 +180,12 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     return (x / step).round_().mul_(step)
 
 
-def _is_exact(smoothing: Smoothing, floats: Mapping[str, nn.Module], run: Run) -> bool:
+def _is_exact(smoothing: Smoothing, floats: Mapping[str, nn.Module], run: Rows) -> bool:
     """Whether the block returns the same bits with it, and every Parameter comes back from it; nothing is changed."""
     before = [p.clone() for p, _ in _parameters(smoothing, floats, smoothing.factors)]
-    expected = run()
+    expected = run([0])
     smoothing.apply(floats)
-    same = torch.equal(run(), expected)
+    same = torch.equal(run([0]), expected)
     smoothing.apply(floats, undo=True)
     after = [p for p, _ in _parameters(smoothing, floats, smoothing.factors)]
     back = all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
