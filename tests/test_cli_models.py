@@ -9,6 +9,7 @@ import io
 import json
 import resource
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -630,7 +631,7 @@ def test_a_stopped_quantize_leaves_nothing(at, tmp_path, monkeypatch):
     def interrupted(model, folder):
         saved(model, folder)
         assert (folder / "model.safetensors").exists()
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(potqat, "save", interrupted)
     assert failure(130, "quantize", at.gpt2, "--out", tmp_path / "new")[-1] == "potqat: stopped"
@@ -650,7 +651,7 @@ def test_a_stopped_calibration_goes_on(at, tmp_path, monkeypatch):
         for inputs in walk(*arguments):
             shown.append(inputs)
             if len(shown) == 6:  # the second of four in the second of two blocks
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
             yield inputs
 
     monkeypatch.setattr(calibrate, "walk", interrupted)
@@ -691,7 +692,7 @@ def test_a_stopped_evaluation_goes_on(at, tmp_path, monkeypatch):
         def logits(ids):
             calls.append(ids)
             if len(calls) == 8:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
             return logits_of(model)(ids)
 
         return logits
@@ -717,7 +718,7 @@ def test_several_texts_are_each_measured_and_a_stop_in_the_second_keeps_the_firs
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) == alone[0]["windows"] + 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return score(*arguments)
 
     monkeypatch.setattr(evaluate, "score", interrupted)
@@ -741,7 +742,7 @@ def test_a_stopped_generation_ends_its_line(at, monkeypatch):
     def interrupted(self, *arguments, **options):
         calls.append(arguments)
         if len(calls) == 5:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return decode(self, *arguments, **options)
 
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "decode", interrupted)
