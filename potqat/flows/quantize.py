@@ -19,14 +19,10 @@ from torch import nn
 import potqat
 from potqat import calibrated, ops
 from potqat.flows import sources
-from potqat.flows.text import content_of, sha256, tokenize
 from potqat.plan import Site, check_calibration, check_packable, plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-CONTEXT, BATCH = 256, 8  # tokens of a calibration window, and windows that are run at a time
 
 
 @dataclass(frozen=True)
@@ -126,63 +122,6 @@ def _packed_bytes(site: Site) -> int:
     return math.prod(ops.packed_shape(site.cfg.grid, n, k)) + 4 * site.cfg.groups(k) * n
 
 
-def calibration_windows(
-    path: Path | None,
-    tokenizer: PreTrainedTokenizerBase,
-    source: sources.Source,
-    tokens: int,
-    *,
-    at_most: bool = False,
-    seed: int | None = None,
-) -> list[torch.Tensor]:
-    """Evenly spaced windows of a text, int64 [B, T] each, with ``tokens`` tokens in all (a multiple of T, rounded up).
-
-    Args:
-        path: None: the built-in text, Python's language help.
-        at_most: take what there is of a shorter text.
-        seed: another sample, to see what the choice of tokens does to a result: the text is cut into as many equal
-            parts, and a window is drawn from each. In a text hardly longer than the windows, samples are alike.
-
-    Raises:
-        OSError: the text cannot be read.
-        ValueError: a text that is empty, not UTF-8, too short, or not for this tokenizer or model.
-    """
-    name, _ = content_of(path)
-    _, ids = tokenize(path, tokenizer, source.vocabulary)
-    context = min(CONTEXT, source.max_context)
-    count = -(-tokens // context)
-    if at_most:
-        count = max(1, min(count, len(ids) // context))
-    if len(ids) < count * context:
-        raise ValueError(
-            f"{name}: the text has {len(ids)} tokens, and {count} calibration windows of {context} need "
-            f"{count * context}; give a longer text"
-        )
-    if seed is None:
-        return list(spread(torch.tensor(ids), count, context).split(BATCH))
-    part = len(ids) // count
-    if part == context:
-        raise ValueError(
-            f"{name}: has {len(ids)} tokens, and {count} calibration windows of {context} leave nothing to "
-            "draw from; give a longer text, or ask for fewer tokens"
-        )
-    shifts = torch.randint(part - context + 1, (count,), generator=torch.Generator().manual_seed(seed))
-    starts = torch.arange(count) * part + shifts
-    return list(torch.tensor(ids)[starts[:, None] + torch.arange(context)].split(BATCH))
-
-
-def calibration_note(path: Path | None, windows: Sequence[torch.Tensor]) -> str:
-    """For the report: on how many tokens of which text, with its hash."""
-    name, content = content_of(path)
-    return f"calibrated on {sum(ids.numel() for ids in windows):,} tokens of {name}, SHA-256 {sha256(content)}"
-
-
-def spread(tokens: torch.Tensor, count: int, context: int) -> torch.Tensor:
-    """``count`` evenly spaced windows of int64 [L]: int64 [count, context]."""
-    starts = torch.linspace(0, len(tokens) - context, count, dtype=torch.float64).long()
-    return tokens[starts[:, None] + torch.arange(context)]
-
-
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` to write in, which becomes ``out`` at the end, or vanishes if the work fails: what is at
@@ -230,19 +169,16 @@ def run(
         raise ValueError(
             f"{planned.source.name}: packed it does not run ({error}); name with --skip what its code reads by itself"
         ) from error
-    return report, write_model(model, tokenizer, folder)
+    return report, write_model(model, tokenizer, folder, potqat.save)
 
 
 def write_model(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
-    save: Callable[[nn.Module, Path], Any] = potqat.save,
+    save: Callable[[nn.Module, Path], Any],
 ) -> Any:
-    """Write a packed model and its tokenizer; returns the bytes of the model's files.
-
-    Args:
-        save: what writes the model, for one that is not packed; its result is returned.
+    """Write a model by ``save``, whose result is returned, and its tokenizer.
 
     Raises:
         OSError: writing failed.

@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 import potqat
-from potqat.flows import evaluate, losses, quantize, results, sources, training_plot
+from potqat.flows import calibration_text, evaluate, losses, quantize, results, sources, training_plot
 from potqat.flows.recipe import Recipe
 from potqat.flows.text import tokenize
 from potqat.flows.trainer import Trained, stop_on_interrupt, train
@@ -185,9 +185,9 @@ def _start(
         student.load_state_dict(start["model"])
         return student, start["report"]
     if cfg.needs_calibration:
-        context = min(quantize.CONTEXT, recipe.context)
+        context = min(calibration_text.CONTEXT, recipe.context)
         count = min(-(-recipe.calibration_tokens // context), len(data.train) // context)
-        windows = quantize.spread(data.train, count, context).split(quantize.BATCH)
+        windows = calibration_text.spread(data.train, count, context).split(calibration_text.BATCH)
         report = potqat.prepare_qat_(student, cfg, windows, unfinished=state / "calibration")
     else:
         report = potqat.prepare_qat_(student, cfg)
@@ -237,7 +237,7 @@ def _point(teacher: nn.Module, data: Data, recipe: Recipe) -> Callable[[nn.Modul
     """A point of the curves: loss and KL to the float model on held-out windows, before packing."""
     context = recipe.context
     count = max(1, min(CURVE_TOKENS, len(data.held_out) - 1) // context)
-    windows = quantize.spread(data.held_out, count, context + 1)
+    windows = calibration_text.spread(data.held_out, count, context + 1)
 
     @torch.no_grad()
     def point(model: nn.Module) -> dict[str, float]:
@@ -257,7 +257,7 @@ def _packed(student: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folde
     """The model as it will be used, read back from the folder that it was written to, and its bytes."""
     potqat.convert_(student)
     with _anew(folder) as part:
-        size = quantize.write_model(student, tokenizer, part)
+        size = quantize.write_model(student, tokenizer, part, potqat.save)
     return sources.load(sources.find(str(folder))), size
 
 
