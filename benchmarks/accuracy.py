@@ -35,8 +35,7 @@ from report import RESULTS
 
 from potqat.cli.quantize import CALIBRATION_TOKENS
 from potqat.config import GRIDS
-from potqat.flows import evaluate, inspection, sources
-from potqat.flows import quantize as quantizing
+from potqat.flows import calibration_text, evaluate, inspection, sources
 from potqat.flows.results import require_matplotlib, write_json
 from potqat.flows.text import read_text
 
@@ -180,7 +179,7 @@ def prepared(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.text, tokenizer, model=source.name, max_context=source.max_context, vocabulary=source.vocabulary,
         context=arguments.context, tokens=arguments.tokens,
     )  # fmt: skip
-    quantizing.calibration_windows(arguments.calibration, tokenizer, source, arguments.calibration_tokens)
+    calibration_text.windows_of_file(arguments.calibration, tokenizer, source, arguments.calibration_tokens)
     made_from = {
         "model": Path(source.name).name + source.identity().removeprefix(source.name),  # no path of this machine
         "calibration": {

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import potqat
 from potqat import PoTConfig, calibrate
 from potqat.cli import VERBS, main
-from potqat.flows import continuation, evaluate, quantize, sources
+from potqat.flows import calibration_text, continuation, evaluate, generated, sources
 from potqat.models.gpt import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers", reason="needs potqat[hf]")
@@ -279,15 +279,56 @@ def test_calibrated_it_is_nearer_to_the_float_model(at, tmp_path, kind):
     assert kl[0]["reference"]["kl"] < 0.7 * kl[1]["reference"]["kl"]
 
 
-def test_without_a_file_it_calibrates_on_the_built_in_text(at, tmp_path):
-    from pydoc_data.topics import topics
-
-    content = "".join(topics[key] for key in sorted(topics))
-    command = ["quantize", at.gpt2, "--out", tmp_path / "packed", "--calibration-tokens", 100, "--json"]
-    report = json.loads(good(*command, "--calibration")[0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_file_it_calibrates_on_what_the_model_writes(at, tmp_path, kind):
+    command = ["quantize", getattr(at, kind), "--calibration", "--calibration-tokens", 1000, "--json"]
+    report = json.loads(good(*command, "--out", tmp_path / "a")[0])  # nanogpt's has no tokenizer, and needs none
+    assert report["notes"][-1] == "calibrated on 1,024 tokens that the model wrote by itself, seed 0"
     assert any(entry["method"].startswith("scale=output, rounding=gptq") for entry in report["entries"])
-    hashed = hashlib.sha256(content.encode()).hexdigest()
-    assert report["notes"][-1] == f"calibrated on 128 tokens of pydoc_data.topics, SHA-256 {hashed}"
+    good(*command, "--out", tmp_path / "b")
+    good(*command, "--out", tmp_path / "c", "--calibration-seed", 1)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1] != weights[2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_what_the_model_writes_goes_beside_a_file(at, tmp_path, monkeypatch):
+    seen, walk = [], calibrate.walk
+    monkeypatch.setattr(
+        calibrate, "walk", lambda model, batches, *more: seen.append(batches) or walk(model, batches, *more)
+    )
+    command = ["quantize", at.llama, "--calibration", at.text, "--calibration-tokens", 640]
+    out, _ = good(*command, "--generated-tokens", 320, "--out", tmp_path / "both")
+    hashed = hashlib.sha256(at.text.read_bytes()).hexdigest()
+    assert (
+        f"note: calibrated on 640 tokens of {at.text.name}, SHA-256 {hashed} and 320 tokens that the model wrote by "
+        "itself, seed 0\n"
+    ) in out
+    good(*command, "--out", tmp_path / "file")
+    both, file = (torch.cat(batches) for batches in seen)
+    assert len(both) == len(file) + 5
+    assert torch.equal(both[: len(file)], file)
+
+
+def test_what_the_model_has_written_is_kept_for_the_same_command(at, tmp_path, monkeypatch):
+    command = ["quantize", at.llama, "--calibration", "--calibration-tokens", 128]
+    good(*command, "--out", tmp_path / "once")
+    monkeypatch.setattr(calibrate, "walk", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    kept = tmp_path / "new.generated"
+    line = failure(130, *command, "--out", tmp_path / "new")[-1]
+    assert line == f"potqat: stopped; what is finished is kept in {kept}; run the same command again to go on"
+    monkeypatch.undo()
+    line = failure(1, *command, "--calibration-seed", 1, "--out", tmp_path / "new")[-1]
+    assert line == f"potqat: {kept}: holds text of another model or settings; delete it to start anew"
+    monkeypatch.setattr(generated, "generate_windows", None)  # it is not written again
+    good(*command, "--out", tmp_path / "new")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("new", "once")]
+    assert files[0] == files[1]
+    damaged = tmp_path / "again.generated"
+    damaged.write_bytes(b"nothing")
+    line = failure(1, *command, "--out", tmp_path / "again")[-1]
+    assert line.startswith(f"potqat: {damaged}: cannot be read (")
+    assert line.endswith("); delete it to start anew")
 
 
 def test_calibration_settings_reach_the_file(at, tmp_path):
@@ -310,7 +351,7 @@ def test_a_calibration_seed_draws_a_window_from_each_part_of_the_text(at, tmp_pa
     source = sources.find(str(at.gpt2))
     tokenizer = sources.tokenizer_of(source)
     ids = tokenizer(WORDS)["input_ids"]
-    windows_of = functools.partial(quantize.calibration_windows, at.text, tokenizer, source)
+    windows_of = functools.partial(calibration_text.windows_of_file, at.text, tokenizer, source)
     drawn = {seed: torch.cat(windows_of(300, seed=seed)) for seed in (0, 1)}
     part = len(ids) // 5
     for windows in drawn.values():
@@ -322,7 +363,7 @@ def test_a_calibration_seed_draws_a_window_from_each_part_of_the_text(at, tmp_pa
     assert torch.equal(drawn[1], torch.cat(windows_of(300, seed=1)))
     (tmp_path / "tight.txt").write_text(tokenizer.decode(ids[:CONTEXT]))
     with pytest.raises(ValueError, match=r"tight.txt: has 64 tokens, and 1 calibration windows of 64 leave nothing to"):
-        quantize.calibration_windows(tmp_path / "tight.txt", tokenizer, source, 64, seed=0)
+        calibration_text.windows_of_file(tmp_path / "tight.txt", tokenizer, source, 64, seed=0)
     command = ["quantize", at.gpt2, "--calibration", at.text, "--calibration-tokens", 300, "--out"]
     for name, seed in (("a", []), ("b", ["--calibration-seed", 0]), ("c", ["--calibration-seed", 0])):
         good(*command, tmp_path / name, *seed)
@@ -657,9 +698,7 @@ def test_a_stopped_calibration_goes_on(at, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "walk", interrupted)
     kept = tmp_path / "new.unfinished"
     (line,) = failure(130, *command, "--out", tmp_path / "new")[1:]
-    assert line == (
-        f"potqat: stopped; the layers that are finished are kept in {kept}; run the same command again to go on"
-    )
+    assert line == (f"potqat: stopped; what is finished is kept in {kept}; run the same command again to go on")
     assert len(list(kept.glob("*.safetensors"))) == 5
     assert not (tmp_path / "new").exists()
     (line,) = failure(1, *command, "--grid", "e2m1", "--out", tmp_path / "new")[1:]

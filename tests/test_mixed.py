@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import potqat
 from potqat import PoTConfig, modules
 from potqat.cli import main
-from potqat.flows import mixed, quantize, sources
+from potqat.flows import calibration_text, mixed, sources
 from potqat.flows.mixed import Choice
 
 transformers = pytest.importorskip("transformers", reason="needs potqat[hf]")
@@ -52,7 +52,7 @@ def float_model(at):
 @pytest.fixture(scope="module")
 def split(at):
     source = sources.find(str(at / "float"))
-    batches = quantize.calibration_windows(at / "words.txt", sources.tokenizer_of(source), source, 40 * 64)
+    batches = calibration_text.windows_of_file(at / "words.txt", sources.tokenizer_of(source), source, 40 * 64)
     return mixed.split_windows(batches)
 
 

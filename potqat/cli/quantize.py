@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import shlex
@@ -22,7 +23,7 @@ DEFAULT = PoTConfig()
 SCALES = ("absmax", "mse", "output")  # those that need no training
 CALIBRATED = {"scale": "output", "rounding": "gptq"}  # the defaults with --calibration
 CALIBRATION_TOKENS = 32768
-BUILT_IN = object()  # --calibration without a file
+OWN_TEXT = object()  # --calibration without a file
 
 
 def add(verbs) -> None:
@@ -39,9 +40,9 @@ def add(verbs) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the packed model")
     quantizer.add(parser, DEFAULT)
     parser.add_argument(
-        "--calibration", type=Path, nargs="?", const=BUILT_IN, metavar="FILE",
+        "--calibration", type=Path, nargs="?", const=OWN_TEXT, metavar="FILE",
         help="quantize each layer for the inputs that it has on this UTF-8 text, best one like what the model will "
-        "read; without FILE on English that comes with Python, its language help (default: no calibration)",
+        "read; without FILE on text that the float model writes by itself (default: no calibration)",
     )  # fmt: skip
     parser.add_argument(
         "--calibration-tokens",
@@ -50,8 +51,14 @@ def add(verbs) -> None:
         help=f"read so many tokens, in windows spread over the text (default: {CALIBRATION_TOKENS}, or what there is)",
     )
     parser.add_argument(
+        "--generated-tokens", type=int, metavar="N",
+        help="beside FILE, read so many tokens of text that the float model writes by itself, of many kinds, for what "
+        "is unlike FILE (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
         "--calibration-seed", type=int, metavar="N",
-        help="draw the windows at random, to see what another sample of the text gives (default: evenly spread)",
+        help="draw the windows at random, and what the model writes anew, to see what another sample gives (default: "
+        "evenly spread)",
     )  # fmt: skip
     parser.add_argument(
         "--scale", choices=SCALES,
@@ -93,17 +100,16 @@ def _run(arguments: argparse.Namespace) -> int:
         raise Usage(f"--out {out}: exists and is not an empty folder; name a new one")
     import torch
 
-    from potqat.flows import mixed, mixed_plot, quantize, results, sources
+    from potqat.flows import calibration_text, mixed, mixed_plot, quantize, results, sources
     from potqat.flows.text import read_text
 
     target = arguments.target_loss
     if target is not None:
         mixed.candidates(cfg)
         results.require_matplotlib(f"{out.name}.mixed.png")
-    calibrated, tokens = arguments.calibration is not None, arguments.calibration_tokens
-    text = None if arguments.calibration is BUILT_IN else arguments.calibration
-    if text is not None:
-        read_text(text)  # what is wrong with it is said before anything else is read
+    path = None if arguments.calibration is OWN_TEXT else arguments.calibration
+    if path is not None:
+        read_text(path)  # what is wrong with it is said before anything else is read
     source = sources.find(arguments.model)
     given = arguments.tokenizer
     tokenizer = sources.tokenizer_of(source) if given is None else sources.tokenizer(given)
@@ -112,28 +118,30 @@ def _run(arguments: argparse.Namespace) -> int:
             f"--tokenizer {given}: has {len(tokenizer)} tokens, and {source.name} knows {source.vocabulary}; give the "
             "one that it was trained with"
         )
-    windows, read = [], None
-    if calibrated:
-        if tokenizer is None:
-            raise ValueError(
-                f"{source.name}: no tokenizer beside the model to read the calibration text; name one: --tokenizer"
-            )
-        count = CALIBRATION_TOKENS if tokens is None else tokens
-        windows = quantize.calibration_windows(
-            text, tokenizer, source, count, at_most=tokens is None, seed=arguments.calibration_seed
-        )
-        read = quantize.calibration_note(text, windows)
+    text, dtype = None, getattr(torch, arguments.dtype)
+    if arguments.calibration is not None:
+        tokens = CALIBRATION_TOKENS if arguments.calibration_tokens is None else arguments.calibration_tokens
+        text = calibration_text.choose(
+            source, tokenizer, path, tokens, tokens if path is None else arguments.generated_tokens or 0,
+            at_most=arguments.calibration_tokens is None, seed=arguments.calibration_seed,
+        )  # fmt: skip
+    planned = quantize.make_plan(source, cfg, dtype, [] if text is None else text.blank())
     if target is not None:
-        windows, sensing, checking = mixed.split_windows(windows)
-    planned = quantize.make_plan(source, cfg, getattr(torch, arguments.dtype), windows)
-    unfinished, sensed = (out.with_name(f"{out.name}.{name}") for name in ("unfinished", "sensitivity"))
-    with _resumable(unfinished, sensed), quantize.new_folder(out) as folder:
+        mixed.split_windows(planned.calibration)
+    unfinished, sensed, written = (
+        out.with_name(f"{out.name}.{name}") for name in ("unfinished", "sensitivity", "generated")
+    )
+    with _resumable(unfinished, sensed, written), quantize.new_folder(out) as folder:
         print(
             f"{source.name}: {planned.float_bytes:,} bytes in {arguments.dtype}, {planned.packed_bytes:,} packed; "
             f"quantizing takes about {_size(planned.peak_bytes)} of memory",
             file=sys.stderr,
         )
+        if text is not None:
+            planned = dataclasses.replace(planned, calibration=text.batches(dtype, written))
         if target is not None:
+            windows, sensing, checking = mixed.split_windows(planned.calibration)
+            planned = dataclasses.replace(planned, calibration=windows)
             planned, layers, chosen = mixed.decide(planned, sensing, target, sensed)
         report, size = quantize.run(planned, folder, tokenizer, unfinished)
         if target is not None:
@@ -142,8 +150,9 @@ def _run(arguments: argparse.Namespace) -> int:
             results.write_json(out.with_name(f"{out.name}.mixed.json"), outcome)
             mixed_plot.plot(out.with_name(f"{out.name}.mixed.png"), outcome)
             shutil.rmtree(sensed)
-    if read is not None:
-        report.notes.append(read)
+        written.unlink(missing_ok=True)
+    if text is not None:
+        report.notes.append(text.note)
     if arguments.json:
         made = report.to_dict() | {"file_bytes": size, "float_bytes": planned.float_bytes}
         print(json.dumps(made if target is None else made | {"mixed": outcome}))
@@ -174,9 +183,7 @@ def _resumable(*folders: Path) -> Iterator[None]:
         kept = " and ".join(str(folder) for folder in folders if folder.exists())
         if not kept:
             raise
-        raise Stopped(
-            f"stopped; the layers that are finished are kept in {kept}; run the same command again to go on"
-        ) from None
+        raise Stopped(f"stopped; what is finished is kept in {kept}; run the same command again to go on") from None
 
 
 def _mixed(outcome: dict) -> str:
@@ -209,6 +216,12 @@ def _config(arguments: argparse.Namespace) -> PoTConfig:
             raise ValueError(
                 "--calibration-tokens goes with --calibration and must be at least 1, "
                 f"got {arguments.calibration_tokens}"
+            )
+        file = calibrated and arguments.calibration is not OWN_TEXT
+        if arguments.generated_tokens is not None and (not file or arguments.generated_tokens < 1):
+            raise ValueError(
+                "--generated-tokens goes with --calibration FILE and must be at least 1, got "
+                f"{arguments.generated_tokens}; without FILE, --calibration-tokens says how many the model writes"
             )
         if arguments.calibration_seed is not None and (not calibrated or arguments.calibration_seed < 0):
             raise ValueError(
