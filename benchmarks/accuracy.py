@@ -5,8 +5,9 @@
 An arm is GRID-GRANULARITY-METHOD with options, as pot4-channel-gptq, e2m1-32-gptq-float, pot4-128-gptq-seed1:
 METHOD is absmax, mse, output (scales; rounding to nearest), absmax+gptq (error compensation on such scales), gptq
 (what --calibration does by default) or reconstruct (blocks trained from there); float takes float activations, not
-int8; seedN another sample of the calibration text; embedding the arm's grid for embeddings, not int8. Folders made
-elsewhere, as by training, are --packed NAME=DIR.
+int8; seedN another sample of the calibration text; generated half of the calibration tokens from what the model writes
+by itself; embedding the arm's grid for embeddings, not int8. Folders made elsewhere, as by training, are --packed
+NAME=DIR.
 
 The other text of README's table is section A (A1 to A5, Markdown, in order) of An Anarchist FAQ 15.3, as it is in
 Debian's package `anarchism`.
@@ -49,7 +50,7 @@ METHODS = {  # options of potqat quantize
     "reconstruct": ("--rounding", "reconstruct"),
 }
 UNCALIBRATED = ("absmax", "mse")
-NAME = re.compile(rf"({'|'.join(GRIDS)})-(channel|tensor|\d+)-([a-z+]+)((?:-(?:float|embedding|seed\d+))*)")
+NAME = re.compile(rf"({'|'.join(GRIDS)})-(channel|tensor|\d+)-([a-z+]+)((?:-(?:float|embedding|generated|seed\d+))*)")
 ARMS = (
     *(f"pot4-{granularity}-{method}" for granularity in ("channel", 128, 32) for method in METHODS),
     *(f"{grid}-{granularity}-gptq" for grid in ("e2m1", "int4") for granularity in ("channel", 128, 32)),
@@ -64,7 +65,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to quantize; ``options`` are float, embedding, seedN."""
+    """One way to quantize; ``options`` are float, embedding, generated, seedN."""
 
     name: str
     grid: str
@@ -91,7 +92,7 @@ class Arm:
     @property
     def label(self) -> str:
         scales = f"groups of {self.granularity}" if self.granularity.isdecimal() else f"a scale a {self.granularity}"
-        words = {"float": "float activations", "embedding": "embedding, too"}
+        words = {"float": "float activations", "embedding": "embedding, too", "generated": "half of the text its own"}
         said = [words.get(option, option.replace("seed", "sample ")) for option in self.options]
         return ", ".join([f"`{self.grid}`", scales, self.method, *said])
 
@@ -102,9 +103,11 @@ def arm(name: str) -> Arm:
         argparse.ArgumentTypeError: no arm is called so.
     """
     found = NAME.fullmatch(name)
-    if not found or found[3] not in METHODS or ("-seed" in found[4] and found[3] in UNCALIBRATED):
+    of_calibrated = found and ("-seed" in found[4] or "-generated" in found[4])
+    if not found or found[3] not in METHODS or (of_calibrated and found[3] in UNCALIBRATED):
         raise argparse.ArgumentTypeError(
-            f"{name!r} must be GRID-GRANULARITY-METHOD, then any of -float, -embedding, -seedN (of calibrated ones), "
+            f"{name!r} must be GRID-GRANULARITY-METHOD, then any of -float, -embedding and, of calibrated ones, "
+            "-generated and -seedN, "
             f"with a grid of {', '.join(GRIDS)} and a method of {', '.join(METHODS)}"
         )
     return Arm(name, found[1], found[2], found[3], tuple(found[4].split("-")[1:]))
@@ -181,7 +184,7 @@ def prepared(arguments: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     calibration_text.windows_of_file(arguments.calibration, tokenizer, source, arguments.calibration_tokens)
     made_from = {
-        "model": Path(source.name).name + source.identity().removeprefix(source.name),  # no path of this machine
+        "model": by_content(source),
         "calibration": {
             "text": arguments.calibration.name,
             "sha256": hashlib.sha256(read_text(arguments.calibration).encode()).hexdigest(),
@@ -192,6 +195,17 @@ def prepared(arguments: argparse.Namespace) -> dict[str, Any]:
     arguments.work.mkdir(parents=True, exist_ok=True)
     _agree(arguments.work / "settings.json", made_from, {})
     return _agree(arguments.json, settings, {"arms": {}})
+
+
+def by_content(source: sources.Source) -> str:
+    """The name of a model, without a path of this machine, and of files here a hash: a copy of them is the same."""
+    files = sorted(source.path.iterdir()) if source.path.is_dir() else [source.path] * source.path.is_file()
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while part := opened.read(1 << 20):
+                digest.update(part)
+    return f"{source.path.name} {digest.hexdigest()[:16]}" if files else source.name
 
 
 def _agree(path: Path, settings: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
@@ -208,17 +222,20 @@ def _agree(path: Path, settings: dict[str, Any], fresh: dict[str, Any]) -> dict[
 def quantized(arm: Arm, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """(the arm's folder, which is made if it is not there; what it was made with, and what that took)."""
     folder, note = arguments.work / arm.name, arguments.work / f"{arm.name}.json"
+    own = arguments.calibration_tokens // 2 if "generated" in arm.options else 0
     if not note.exists():
         if folder.exists():
             raise ValueError(f"{folder}: there, and no {note.name} beside it; delete the folder")
         words = ["quantize", arguments.model, "--out", str(folder), *arm.settings, "--json"]
         if arm.calibrated:
             words += ["--calibration", str(arguments.calibration)]
-            words += ["--calibration-tokens", str(arguments.calibration_tokens)]
+            words += ["--calibration-tokens", str(arguments.calibration_tokens - own)]
+            words += ["--generated-tokens", str(own)] if own else []
         resumed = folder.with_name(f"{folder.name}.unfinished").exists()
         report, took = potqat(words)
         write_json(note, {"file_bytes": report["file_bytes"], **took, "resumed": resumed})
     entry = {"label": arm.label, "settings": arm.settings, "calibrated": arm.calibrated, "calibration_seed": arm.seed}
+    entry |= {"generated_tokens": own}
     return str(folder), entry | {"quantize": json.loads(note.read_text(encoding="utf-8"))}
 
 

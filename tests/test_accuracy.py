@@ -64,8 +64,16 @@ def test_an_arm_is_what_its_name_says(accuracy):
     whole = accuracy.arm("pot4-channel-absmax-embedding")
     assert whole.settings[4:] == ["--scale", "absmax", "--rounding", "nearest", "--embedding-grid", "pot4"]
     assert not whole.calibrated
+    assert accuracy.arm("pot4-channel-reconstruct-generated").label.endswith("reconstruct, half of the text its own")
     assert len(set(accuracy.ARMS)) == len(accuracy.ARMS)
-    for name in ("pot4-channel", "pot5-channel-gptq", "pot4-channel-rtn", "pot4-channel-mse-seed1", "pot4-32-gptq-x"):
+    for name in (
+        "pot4-channel",
+        "pot5-channel-gptq",
+        "pot4-channel-rtn",
+        "pot4-channel-mse-seed1",
+        "pot4-32-gptq-x",
+        "pot4-32-absmax-generated",
+    ):
         with pytest.raises(accuracy.argparse.ArgumentTypeError, match="must be GRID-GRANULARITY-METHOD"):
             accuracy.arm(name)
 
