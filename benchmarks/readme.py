@@ -69,6 +69,17 @@ def results() -> str:
     return "\n".join(lines + _accuracy() + _footprint() + _kernels() + _decode())
 
 
+def _machines(arms: dict[str, dict]) -> str:
+    """Where the rows were measured; which rows, of all machines but the first."""
+    rows: dict[str, list[str]] = {}
+    for arm in arms.values():
+        machine = arm["machine"]
+        name = f"{machine['cpu']}, {machine['isa']}, threads: {machine['threads']}"
+        rows.setdefault(name, []).append(arm["label"])
+    first, *others = rows
+    return "; ".join([first, *(f"{name} ({'; '.join(rows[name])})" for name in others)]) + "."
+
+
 def _accuracy() -> list[str]:
     report = json.loads((RESULTS / "accuracy.json").read_text(encoding="utf-8"))
     settings, arms = report["settings"], report["arms"]
@@ -100,14 +111,14 @@ def _accuracy() -> list[str]:
     for name, arm in arms.items():
         if arm.get("calibrated") and not arm["quantize"]["resumed"]:
             taken.setdefault(name.split("-")[2], []).append(arm["quantize"])
-    machine = first["machine"]
     lines += [
         "",
         "Bytes a weight are those of the linear layers, scales included; MB are of the whole model. Methods: absmax, "
         "mse and output choose scales (by the largest weight, by squared error of weights, of outputs) and round to "
         "nearest; gptq compensates errors on output scales, which is the default of `--calibration`; reconstruct "
-        "trains each block from there (`--rounding reconstruct`). A sample is "
-        f"another draw of the calibration text. {machine['cpu']}, {machine['isa']}, threads: {machine['threads']}.",
+        "trains each block from there (`--rounding reconstruct`). A sample is another draw of the calibration text. "
+        "Where half of the text is its own, the float model wrote half of these tokens by itself, from random first "
+        f"tokens (`--generated-tokens`). {_machines(arms)}",
     ]
     samples: dict[str, list[dict]] = {}
     for name, arm in arms.items():

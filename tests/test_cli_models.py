@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import potqat
 from potqat import PoTConfig, calibrate
 from potqat.cli import VERBS, main
-from potqat.flows import calibration_text, continuation, evaluate, generated, sources
+from potqat.flows import calibration_text, continuation, evaluate, sources
 from potqat.models.gpt import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers", reason="needs potqat[hf]")
@@ -320,7 +320,7 @@ def test_what_the_model_has_written_is_kept_for_the_same_command(at, tmp_path, m
     monkeypatch.undo()
     line = failure(1, *command, "--calibration-seed", 1, "--out", tmp_path / "new")[-1]
     assert line == f"potqat: {kept}: holds text of another model or settings; delete it to start anew"
-    monkeypatch.setattr(generated, "generate_windows", None)  # it is not written again
+    monkeypatch.setattr(calibration_text, "generate_windows", None)  # it is not written again
     good(*command, "--out", tmp_path / "new")
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("new", "once")]
     assert files[0] == files[1]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from potqat.flows import generated, sources
+from potqat import checkpoint
+from potqat.flows import sources
+from potqat.flows.generated import generate_windows
 from potqat.flows.text import read_text, sha256, tokenize
 
 if TYPE_CHECKING:
@@ -43,18 +48,42 @@ class CalibrationText:
         )
 
     def batches(self, dtype: torch.dtype, kept: Path) -> list[torch.Tensor]:
-        """Token ids, int64 [B, T] each; writes what is to be written, by the model in ``dtype``.
+        """Token ids, int64 [B, T] each; what is to be written, the float model writes in ``dtype``.
 
         Args:
-            kept: file for what is written, as ``generated.text_of`` has it.
+            kept: file for what is written, where the same call finds it; the caller deletes it.
 
         Raises:
-            as generated.text_of.
+            ValueError: ``kept`` is damaged or of another call; or the model's weights cannot be read.
+            OSError: reading or writing failed.
         """
         if not self.to_write[0]:
             return self.file
-        windows = generated.text_of(self.source, self.tokenizer, dtype, *self.to_write, self.seed, kept)
+        call = json.dumps([self.source.identity(), str(dtype), *self.to_write, self.seed])
+        if kept.exists():
+            windows = _read(kept, call)
+        else:
+            windows = generate_windows(sources.load(self.source, dtype), *self.to_write, self._starts(), self.seed)
+            checkpoint.write(kept, lambda part: save_file({"windows": windows}, part, {"call": call}))
         return [*self.file, *windows.split(BATCH)]
+
+    def _starts(self) -> torch.Tensor:
+        """Tokens that stand for text: all that are not special to the tokenizer."""
+        special, known = set(), self.source.vocabulary
+        if self.tokenizer is not None:
+            special, known = set(self.tokenizer.all_special_ids), min(known, len(self.tokenizer))
+        return torch.tensor([token for token in range(known) if token not in special])
+
+
+def _read(kept: Path, call: str) -> torch.Tensor:
+    try:
+        with safe_open(kept, "pt") as opened:
+            made_by, windows = (opened.metadata() or {}).get("call"), opened.get_tensor("windows")
+    except Exception as error:  # safetensors has a type of its own, which is not public
+        raise ValueError(f"{kept}: cannot be read ({error}); delete it to start anew") from error
+    if made_by != call:
+        raise ValueError(f"{kept}: holds text of another model or settings; delete it to start anew")
+    return windows
 
 
 def choose(

@@ -5,61 +5,16 @@ Each window starts from a random token and goes on by the model's own distributi
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from potqat import checkpoint
-from potqat.flows import sources
 from potqat.models.generate import stream
 from potqat.models.gpt import GPT
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 AT_ONCE = 32  # windows whose keys and values are in memory at once
-
-
-def text_of(
-    source: sources.Source,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dtype: torch.dtype,
-    count: int,
-    context: int,
-    seed: int,
-    path: Path,
-) -> torch.Tensor:
-    """generate_windows on the float model ``source`` in ``dtype``, starting from tokens that stand for text, which are
-    all that are not special to ``tokenizer``. Kept in the file ``path``, for the same call to take from there; the
-    caller deletes it.
-
-    Raises:
-        ValueError: the file is damaged, or was made by another call; or the weights cannot be read.
-        OSError: reading or writing failed.
-    """
-    call = json.dumps([source.identity(), str(dtype), count, context, seed])
-    if path.exists():
-        try:
-            with safe_open(path, "pt") as opened:
-                made_by, windows = (opened.metadata() or {}).get("call"), opened.get_tensor("windows")
-        except Exception as error:
-            raise ValueError(f"{path}: cannot be read ({error}); delete it to start anew") from error
-        if made_by != call:
-            raise ValueError(f"{path}: holds text of another model or settings; delete it to start anew")
-        return windows
-    special = set() if tokenizer is None else set(tokenizer.all_special_ids)
-    known = source.vocabulary if tokenizer is None else min(source.vocabulary, len(tokenizer))
-    starts = torch.tensor([token for token in range(known) if token not in special])
-    windows = generate_windows(sources.load(source, dtype), count, context, starts, seed)
-    checkpoint.write(path, lambda part: save_file({"windows": windows}, part, {"call": call}))
-    return windows
 
 
 @torch.no_grad()
