@@ -497,6 +497,14 @@ USAGE = [  # arguments, part of the message; exit 2
         "--calibration-tokens goes with --calibration and must",
     ),
     ("quantize {gpt2} --out={new} --calibration={text} --calibration-tokens=0", "must be at least 1, got 0"),
+    (
+        "quantize {gpt2} --out={new} --calibration --generated-tokens=64",
+        "--generated-tokens goes with --calibration FILE",
+    ),
+    (
+        "quantize {gpt2} --out={new} --calibration={text} --generated-tokens=0",
+        "must be at least 1, got 0; without FILE",
+    ),
     ("quantize {gpt2} --out={new} --calibration-seed=1", "--calibration-seed goes with --calibration and must be"),
     ("quantize {gpt2} --out={new} --calibration={text} --calibration-seed=-1", "must be at least 0, got -1"),
     ("inspect {packed} --plot=a.jpg", "--plot writes PNG: name a file that ends in .png, got a.jpg"),

@@ -43,9 +43,9 @@ class CalibrationText:
 
     def blank(self) -> list[torch.Tensor]:
         """Batches of the same shapes as ``batches``, to plan with."""
-        return (
-            [*self.file, *torch.zeros(self.to_write, dtype=torch.int64).split(BATCH)] if self.to_write[0] else self.file
-        )
+        if not self.to_write[0]:
+            return self.file
+        return [*self.file, *torch.zeros(self.to_write, dtype=torch.int64).split(BATCH)]
 
     def batches(self, dtype: torch.dtype, kept: Path) -> list[torch.Tensor]:
         """Token ids, int64 [B, T] each; what is to be written, the float model writes in ``dtype``.
