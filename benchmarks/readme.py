@@ -74,7 +74,7 @@ def _machines(arms: dict[str, dict]) -> str:
     rows: dict[str, list[str]] = {}
     for arm in arms.values():
         machine = arm["machine"]
-        name = f"{machine['cpu']}, {machine['isa']}, threads: {machine['threads']}"
+        name = f"{machine['cpu']}, {machine['isa']}"
         rows.setdefault(name, []).append(arm["label"])
     first, *others = rows
     return "; ".join([first, *(f"{name} ({'; '.join(rows[name])})" for name in others)]) + "."
