@@ -13,7 +13,7 @@ OTHER = "#CC79A7", "*"  # a folder made elsewhere
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Points with 95% intervals; hollow ones have float activations. PNG."""
+    """Points with 95% intervals; hollow ones have float activations, black edges text that the model wrote. PNG."""
     from matplotlib.figure import Figure
 
     arms, texts = report["arms"], report["settings"]["texts"]
@@ -31,7 +31,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
                 value, interval = against[key], against[f"{key}_interval"] or [against[key]] * 2
                 axis.errorbar(
                     entry["bytes_per_weight"], value, [[value - interval[0]], [interval[1] - value]], color=color,
-                    marker=marker, mfc="white" if hollow else color, ms=6, lw=1, capsize=2, ls="none",
+                    marker=marker, mfc="white" if hollow else color,
+                    mec="black" if "-generated" in name else color, ms=6, lw=1, capsize=2, ls="none",
                 )  # fmt: skip
             sizes = [entry["bytes_per_weight"] for entry in arms.values()]
             axis.set_xscale("log")
@@ -58,6 +59,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
         if any(marker == used for _, used in styles):
             handles.plot([], [], marker, color="0.3", label=method)
     handles.plot([], [], "o", color="0.3", mfc="white", label="float activations")
+    if any("-generated" in name for name in arms):
+        handles.plot([], [], "o", color="0.7", mec="black", label="half of the text its own")
     figure.legend(*handles.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     save_figure(figure, path)
 
