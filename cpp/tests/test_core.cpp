@@ -25,7 +25,7 @@ using potqat::DType;
 using potqat::ScaleMethod;
 
 // Of the bits of every result. It changes when a case or the arithmetic is changed, on every machine alike.
-constexpr uint64_t kFingerprint = 0x3097c5af55f57c8e;
+constexpr uint64_t kFingerprint = 0x247b8f36001c5f04;
 
 int failures = 0;
 uint64_t fingerprint = 0xcbf29ce484222325;  // FNV-1a
