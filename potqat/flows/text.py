@@ -86,8 +86,8 @@ def sha256(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def tokenize(path: str | Path | None, tokenizer: Any, vocabulary: int | None = None) -> tuple[str, list[int]]:
-    """(the content, its token ids) of the text of content_of, tokenized whole, without special tokens.
+def tokenize(path: str | Path, tokenizer: Any, vocabulary: int | None = None) -> tuple[str, list[int]]:
+    """(the content, its token ids) of a UTF-8 text file, tokenized whole, without special tokens.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -96,7 +96,7 @@ def tokenize(path: str | Path | None, tokenizer: Any, vocabulary: int | None = N
     Raises:
         as read_text; ValueError: the tokenizer cannot read it, or gives tokens that the model does not know.
     """
-    name, text = content_of(path)
+    name, text = Path(path).name, read_text(path)
     try:
         # verbose=False: a text is longer than the model's context by design; the tokenizer would warn about it
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
