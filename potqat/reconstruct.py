@@ -26,6 +26,7 @@ STEP = 1024  # tokens of a step, as near as whole rows come
 RATE = 1e-2  # AdamW's step, of the root mean square of a layer's weights
 SCALE_RATE = 1e-3  # that of log2 of the scales
 WARMUP = 0.05  # share of the steps
+MEASURED = 4096  # tokens that the error is measured on before and after, as near as whole rows come
 
 
 def reconstruct(
@@ -41,7 +42,7 @@ def reconstruct(
     Returns:
         ({name: (weight to be rounded, float32 [N, K]; its scale, float32 [G, N])}, error before, error after): the
         squared difference from the targets relative to their squares, the mean over tokens, which are of very
-        different sizes before the next norm.
+        different sizes before the next norm; on rows from all over the data.
     """
     packed = [model.get_submodule(name) for name in layers]
     twins = [_twin(site, module) for site, module in zip(layers.values(), packed, strict=True)]
@@ -118,9 +119,10 @@ def _errors(run: Rows, rows: list[int], targets: Sequence[torch.Tensor], halves:
 
 @torch.no_grad()
 def _mean_error(run: Rows, targets: Sequence[torch.Tensor]) -> float:
-    steps = torch.arange(len(run)).split(_at_once(targets))
-    parts = [part for rows in steps for part in _of_one_length(rows.tolist(), targets)]
-    return sum(_errors(run, part, targets).sum().item() for part in parts) / len(run)
+    every = max(1, len(run) * targets[0].shape[1] // MEASURED)
+    chosen = torch.arange(0, len(run), every)
+    parts = [part for rows in chosen.split(_at_once(targets)) for part in _of_one_length(rows.tolist(), targets)]
+    return sum(_errors(run, part, targets).sum().item() for part in parts) / len(chosen)
 
 
 @torch.no_grad()

@@ -151,25 +151,27 @@ def _choose(x: torch.Tensor, layers: list[tuple[torch.Tensor, PoTConfig]]) -> to
     alive = largest > 0
     exponent = torch.where(alive, exponent - exponent[alive].median() if alive.any() else 0.0, 0.0)
     best = torch.ones_like(largest)
-    least = _error(x, layers, best)
+    outputs = [x @ weight.t() for weight, _ in layers]
+    least = _error(x, layers, outputs, best)
     for strength in STRENGTHS:
         for phase in PHASES:
             factors = torch.exp2((strength * exponent + phase).floor().clamp(-14, 14))
-            if (error := _error(x, layers, factors)) < LESS * least:
+            if (error := _error(x, layers, outputs, factors)) < LESS * least:
                 best, least = factors, error
     return best
 
 
-def _error(x: torch.Tensor, layers: list[tuple[torch.Tensor, PoTConfig]], factors: torch.Tensor) -> float:
+def _error(
+    x: torch.Tensor, layers: list[tuple[torch.Tensor, PoTConfig]], outputs: list[torch.Tensor], factors: torch.Tensor
+) -> float:
     """With weights rounded to nearest, on scales that suit the outputs: error compensation comes later."""
     divided, error = x / factors, 0.0
     importance, inputs = divided.square().mean(0), rounded(divided)
-    for weight, cfg in layers:
+    for (weight, cfg), exact in zip(layers, outputs, strict=True):
         cfg = PoTConfig(grid=cfg.grid, granularity=cfg.granularity, scale="output")
         grown = weight * factors
         w_hat = ops.fake_quantize(grown, ops.compute_scale(grown, cfg, importance), cfg)
-        change = inputs @ w_hat.t() - divided @ grown.t()
-        error += change.square_().sum(dtype=torch.float64).item()
+        error += (inputs @ w_hat.t() - exact).square_().sum(dtype=torch.float64).item()
     return error
 
 

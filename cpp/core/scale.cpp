@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "grid.h"
+#include "kernels/kernel.h"
 
 namespace potqat {
 namespace {
@@ -29,17 +30,6 @@ float absmax_scale(float absmax, float top) {
   // Division rounds: where absmax / scale would land a hair past the top level, take the next float up.
   if (absmax / scale > top) scale = std::nextafter(scale, std::numeric_limits<float>::infinity());
   return scale;
-}
-
-double squared_error(const Quantizer& quantizer, const float* w, const float* importance, int64_t count, float scale,
-                     float* level) {
-  assign_levels(quantizer, w, count, scale, 1.0f, level);
-  double sum = 0;
-  for (int64_t j = 0; j < count; ++j) {
-    const double error = static_cast<double>(w[j]) - static_cast<double>(level[j]) * scale;
-    sum += error * error * (importance ? importance[j] : 1.0f);
-  }
-  return sum;
 }
 
 // The candidate with the least error; on a tie the first, and absmax itself if nothing is better.
@@ -93,8 +83,10 @@ Status compute_scale(const Matrix& w, const float* importance, const Quantizatio
         double errors[kCandidates];
         float* base = scale + group * w.rows + r;
         for (int i = kFirst; i <= kLast; ++i) {
-          errors[i - kFirst] = squared_error(quantizer, weights + first, importance ? importance + first : nullptr,
-                                             last - first, candidate(*base, i), level.data());
+          const float tried = candidate(*base, i);
+          assign_levels(quantizer, weights + first, last - first, tried, 1.0f, level.data());
+          errors[i - kFirst] = table_or_scalar().squared_error(
+              weights + first, level.data(), importance ? importance + first : nullptr, last - first, tried);
         }
         if (per_tensor) {
           std::copy(errors, errors + kCandidates, row_errors.begin() + r * kCandidates);

@@ -231,5 +231,6 @@ bool supported() {
 #include "calibrate.inl"
 
 namespace potqat {
-const KernelTable kAmxTable = {"amx", supported, dot, dot_float, absmax, quantize, assign, ste, peak, read, true};
+const KernelTable kAmxTable = {"amx",  supported, dot,           dot_float, absmax, quantize,
+                               assign, ste,       squared_error, peak,      read,   true};
 }  // namespace potqat

@@ -133,5 +133,30 @@ float ste(const float* g, const float* w, const float* level, int64_t count, flo
   return 0;
 }
 
+double squared_error(const float* w, const float* level, const float* importance, int64_t count, float scale) {
+  constexpr int kLanes = 8;
+  typedef float Floats __attribute__((vector_size(4 * kLanes)));
+  typedef double Doubles __attribute__((vector_size(8 * kLanes)));
+  Doubles sum = {};
+  const auto step = [&](int64_t j, size_t bytes) {
+    Floats weight = {}, nearest = {}, weigh = {};  // what is not there adds 0
+    memcpy(&weight, w + j, bytes);
+    memcpy(&nearest, level + j, bytes);
+    const Doubles error = __builtin_convertvector(weight, Doubles) - __builtin_convertvector(nearest, Doubles) * scale;
+    if (!importance) {
+      sum += error * error;
+    } else {
+      memcpy(&weigh, importance + j, bytes);
+      sum += error * error * __builtin_convertvector(weigh, Doubles);
+    }
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) step(j, sizeof(Floats));
+  if (j < count) step(j, 4 * (count - j));
+  double total = 0;
+  for (int i = 0; i < kLanes; ++i) total += sum[i];
+  return total;
+}
+
 }  // namespace
 }  // namespace potqat

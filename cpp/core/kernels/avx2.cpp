@@ -43,6 +43,7 @@ bool supported() { return __builtin_cpu_supports("avx2"); }
 
 }  // namespace
 
-const KernelTable kAvx2Table = {"avx2", supported, dot, dot_float, absmax, quantize, assign, ste, peak, read};
+const KernelTable kAvx2Table = {"avx2", supported, dot,           dot_float, absmax, quantize,
+                                assign, ste,       squared_error, peak,      read};
 
 }  // namespace potqat

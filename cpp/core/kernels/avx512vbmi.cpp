@@ -37,6 +37,6 @@ bool supported() {
 #include "avx512_float.inl"
 
 namespace potqat {
-const KernelTable kAvx512VbmiTable = {"avx512vbmi", supported, dot, dot_float, absmax,
-                                      quantize,     assign,    ste, peak,      read};
+const KernelTable kAvx512VbmiTable = {"avx512vbmi", supported, dot,           dot_float, absmax, quantize,
+                                      assign,       ste,       squared_error, peak,      read};
 }  // namespace potqat

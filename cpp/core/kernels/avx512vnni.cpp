@@ -36,6 +36,6 @@ bool supported() {
 #include "avx512_float.inl"
 
 namespace potqat {
-const KernelTable kAvx512VnniTable = {"avx512vnni", supported, dot, dot_float, absmax,
-                                      quantize,     assign,    ste, peak,      read};
+const KernelTable kAvx512VnniTable = {"avx512vnni", supported, dot,           dot_float, absmax, quantize,
+                                      assign,       ste,       squared_error, peak,      read};
 }  // namespace potqat

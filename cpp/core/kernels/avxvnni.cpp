@@ -34,6 +34,7 @@ bool supported() {
 
 }  // namespace
 
-const KernelTable kAvxVnniTable = {"avxvnni", supported, dot, dot_float, absmax, quantize, assign, ste, peak, read};
+const KernelTable kAvxVnniTable = {"avxvnni", supported, dot,           dot_float, absmax, quantize,
+                                   assign,    ste,       squared_error, peak,      read};
 
 }  // namespace potqat

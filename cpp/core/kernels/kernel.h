@@ -85,6 +85,8 @@ struct KernelTable {
   // interleaved lanes (the same sum everywhere), or 0 if level is null; level: the signed levels of w / scale.
   float (*ste)(const float* g, const float* w, const float* level, int64_t count, float scale, float top, bool clip,
                float* dw);
+  // Sum of importance * (w - level * scale)^2 in float64, in 8 interleaved lanes; without importance, all of it is 1.
+  double (*squared_error)(const float* w, const float* level, const float* importance, int64_t count, float scale);
   // Calibration: `rounds` rounds of the unit's dot-product instruction on registers. Returns the multiply-adds done.
   int64_t (*peak)(int64_t rounds);
   // Calibration: exclusive or of the 8-byte words of a buffer, as fast as memory gives them.

@@ -83,6 +83,7 @@ bool supported() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
 
 }  // namespace
 
-const KernelTable kNeonDotTable = {"neondot", supported, dot, dot_float, absmax, quantize, assign, ste, peak, read};
+const KernelTable kNeonDotTable = {"neondot", supported, dot,           dot_float, absmax, quantize,
+                                   assign,    ste,       squared_error, peak,      read};
 
 }  // namespace potqat

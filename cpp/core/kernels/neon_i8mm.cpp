@@ -109,6 +109,7 @@ bool supported() { return kNeonDotTable.supported() && (getauxval(AT_HWCAP2) & H
 
 }  // namespace
 
-const KernelTable kNeonI8mmTable = {"neoni8mm", supported, dot, dot_float, absmax, quantize, assign, ste, peak, read};
+const KernelTable kNeonI8mmTable = {"neoni8mm", supported, dot,           dot_float, absmax, quantize,
+                                    assign,     ste,       squared_error, peak,      read};
 
 }  // namespace potqat

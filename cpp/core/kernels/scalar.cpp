@@ -51,6 +51,7 @@ bool supported() { return true; }
 
 }  // namespace
 
-const KernelTable kScalarTable = {"scalar", supported, dot, dot_float, absmax, quantize, assign, ste, peak, read};
+const KernelTable kScalarTable = {"scalar", supported, dot,           dot_float, absmax, quantize,
+                                  assign,   ste,       squared_error, peak,      read};
 
 }  // namespace potqat
