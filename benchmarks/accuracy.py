@@ -5,9 +5,9 @@
 An arm is GRID-GRANULARITY-METHOD with options, as pot4-channel-gptq, e2m1-32-gptq-float, pot4-128-gptq-seed1:
 METHOD is absmax, mse, output (scales; rounding to nearest), absmax+gptq (error compensation on such scales), gptq
 (what --calibration does by default) or reconstruct (blocks trained from there); float takes float activations, not
-int8; seedN another sample of the calibration text; generated half of the calibration tokens from what the model writes
-by itself; embedding the arm's grid for embeddings, not int8. Folders made elsewhere, as by training, are --packed
-NAME=DIR.
+int8; tokensN so many calibration tokens, not --calibration-tokens; ownP of these P percent that the model writes by
+itself; seedN another sample of the calibration text; embedding the arm's grid for embeddings, not int8. Folders made
+elsewhere, as by training, are --packed NAME=DIR.
 
 The other text of README's table is section A (A1 to A5, Markdown, in order) of An Anarchist FAQ 15.3, as it is in
 Debian's package `anarchism`.
@@ -50,7 +50,7 @@ METHODS = {  # options of potqat quantize
     "reconstruct": ("--rounding", "reconstruct"),
 }
 UNCALIBRATED = ("absmax", "mse")
-NAME = re.compile(rf"({'|'.join(GRIDS)})-(channel|tensor|\d+)-([a-z+]+)((?:-(?:float|embedding|generated|seed\d+))*)")
+NAME = re.compile(rf"({'|'.join(GRIDS)})-(channel|tensor|\d+)-([a-z+]+)((?:-(?:float|embedding|(?:tokens|own|seed)\d+))*)")
 ARMS = (
     *(f"pot4-{granularity}-{method}" for granularity in ("channel", 128, 32) for method in METHODS),
     *(f"{grid}-{granularity}-gptq" for grid in ("e2m1", "int4") for granularity in ("channel", 128, 32)),
@@ -65,7 +65,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to quantize; ``options`` are float, embedding, generated, seedN."""
+    """One way to quantize; ``options`` are float, embedding, tokensN, ownP, seedN."""
 
     name: str
     grid: str
@@ -77,9 +77,15 @@ class Arm:
     def calibrated(self) -> bool:
         return self.method not in UNCALIBRATED
 
-    @property
-    def seed(self) -> int | None:
-        return next((int(option.removeprefix("seed")) for option in self.options if option.startswith("seed")), None)
+    def number(self, word: str) -> int | None:
+        """N of the option ``word``N."""
+        return next((int(option.removeprefix(word)) for option in self.options if option.startswith(word)), None)
+
+    def tokens(self, default: int) -> tuple[int, int]:
+        """Calibration tokens of the text, and those that the model writes."""
+        tokens = self.number("tokens") or default
+        own = tokens * (self.number("own") or 0) // 100
+        return tokens - own, own
 
     @property
     def settings(self) -> list[str]:
@@ -87,14 +93,25 @@ class Arm:
         words = ["--grid", self.grid, "--granularity", self.granularity, *METHODS[self.method]]
         words += ["--activations", "float"] * ("float" in self.options)
         words += ["--embedding-grid", self.grid] * ("embedding" in self.options)
-        return words + ([] if self.seed is None else ["--calibration-seed", str(self.seed)])
+        seed = self.number("seed")
+        return words + ([] if seed is None else ["--calibration-seed", str(seed)])
 
     @property
     def label(self) -> str:
         scales = f"groups of {self.granularity}" if self.granularity.isdecimal() else f"a scale a {self.granularity}"
-        words = {"float": "float activations", "embedding": "embedding, too", "generated": "half of the text its own"}
-        said = [words.get(option, option.replace("seed", "sample ")) for option in self.options]
-        return ", ".join([f"`{self.grid}`", scales, self.method, *said])
+        return ", ".join([f"`{self.grid}`", scales, self.method, *map(_in_words, self.options)])
+
+
+def _in_words(option: str) -> str:
+    word = option.rstrip("0123456789")
+    number = option[len(word) :]
+    return {
+        "float": "float activations",
+        "embedding": "embedding, too",
+        "tokens": f"{int(number or 0):,} tokens",
+        "own": f"{number}% of the text its own",
+        "seed": f"sample {number}",
+    }[word]
 
 
 def arm(name: str) -> Arm:
@@ -103,11 +120,11 @@ def arm(name: str) -> Arm:
         argparse.ArgumentTypeError: no arm is called so.
     """
     found = NAME.fullmatch(name)
-    of_calibrated = found and ("-seed" in found[4] or "-generated" in found[4])
+    of_calibrated = found and any(word in found[4] for word in ("-seed", "-own", "-tokens"))
     if not found or found[3] not in METHODS or (of_calibrated and found[3] in UNCALIBRATED):
         raise argparse.ArgumentTypeError(
             f"{name!r} must be GRID-GRANULARITY-METHOD, then any of -float, -embedding and, of calibrated ones, "
-            "-generated and -seedN, "
+            "-tokensN, -ownP and -seedN, "
             f"with a grid of {', '.join(GRIDS)} and a method of {', '.join(METHODS)}"
         )
     return Arm(name, found[1], found[2], found[3], tuple(found[4].split("-")[1:]))
@@ -222,20 +239,20 @@ def _agree(path: Path, settings: dict[str, Any], fresh: dict[str, Any]) -> dict[
 def quantized(arm: Arm, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """(the arm's folder, which is made if it is not there; what it was made with, and what that took)."""
     folder, note = arguments.work / arm.name, arguments.work / f"{arm.name}.json"
-    own = arguments.calibration_tokens // 2 if "generated" in arm.options else 0
+    tokens, own = arm.tokens(arguments.calibration_tokens)
     if not note.exists():
         if folder.exists():
             raise ValueError(f"{folder}: there, and no {note.name} beside it; delete the folder")
         words = ["quantize", arguments.model, "--out", str(folder), *arm.settings, "--json"]
         if arm.calibrated:
             words += ["--calibration", str(arguments.calibration)]
-            words += ["--calibration-tokens", str(arguments.calibration_tokens - own)]
+            words += ["--calibration-tokens", str(tokens)]
             words += ["--generated-tokens", str(own)] if own else []
         resumed = folder.with_name(f"{folder.name}.unfinished").exists()
         report, took = potqat(words)
         write_json(note, {"file_bytes": report["file_bytes"], **took, "resumed": resumed})
-    entry = {"label": arm.label, "settings": arm.settings, "calibrated": arm.calibrated, "calibration_seed": arm.seed}
-    entry |= {"generated_tokens": own}
+    entry = {"label": arm.label, "settings": arm.settings, "calibrated": arm.calibrated}
+    entry |= {"calibration_tokens": tokens, "generated_tokens": own, "calibration_seed": arm.number("seed")}
     return str(folder), entry | {"quantize": json.loads(note.read_text(encoding="utf-8"))}
 
 

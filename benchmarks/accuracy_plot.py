@@ -32,7 +32,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
                 axis.errorbar(
                     entry["bytes_per_weight"], value, [[value - interval[0]], [interval[1] - value]], color=color,
                     marker=marker, mfc="white" if hollow else color,
-                    mec="black" if "-generated" in name else color, ms=6, lw=1, capsize=2, ls="none",
+                    mec="black" if "-own" in name else color, ms=6, lw=1, capsize=2, ls="none",
                 )  # fmt: skip
             sizes = [entry["bytes_per_weight"] for entry in arms.values()]
             axis.set_xscale("log")
@@ -59,8 +59,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
         if any(marker == used for _, used in styles):
             handles.plot([], [], marker, color="0.3", label=method)
     handles.plot([], [], "o", color="0.3", mfc="white", label="float activations")
-    if any("-generated" in name for name in arms):
-        handles.plot([], [], "o", color="0.7", mec="black", label="half of the text its own")
+    if any("-own" in name for name in arms):
+        handles.plot([], [], "o", color="0.7", mec="black", label="some of the text its own")
     figure.legend(*handles.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     save_figure(figure, path)
 

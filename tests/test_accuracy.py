@@ -56,7 +56,7 @@ def words_of(at, tmp_path, *more):
 
 def test_an_arm_is_what_its_name_says(accuracy):
     made = accuracy.arm("e2m1-128-gptq-float-seed3")
-    assert (made.grid, made.granularity, made.calibrated, made.seed) == ("e2m1", "128", True, 3)
+    assert (made.grid, made.granularity, made.calibrated, made.number("seed")) == ("e2m1", "128", True, 3)
     assert made.label == "`e2m1`, groups of 128, gptq, float activations, sample 3"
     assert made.settings == [
         "--grid", "e2m1", "--granularity", "128", "--activations", "float", "--calibration-seed", "3",
@@ -64,7 +64,10 @@ def test_an_arm_is_what_its_name_says(accuracy):
     whole = accuracy.arm("pot4-channel-absmax-embedding")
     assert whole.settings[4:] == ["--scale", "absmax", "--rounding", "nearest", "--embedding-grid", "pot4"]
     assert not whole.calibrated
-    assert accuracy.arm("pot4-channel-reconstruct-generated").label.endswith("reconstruct, half of the text its own")
+    own = accuracy.arm("pot4-channel-reconstruct-tokens1024-own75")
+    assert own.label.endswith("reconstruct, 1,024 tokens, 75% of the text its own")
+    assert own.tokens(2048) == (256, 768)
+    assert accuracy.arm("pot4-channel-gptq").tokens(2048) == (2048, 0)
     assert len(set(accuracy.ARMS)) == len(accuracy.ARMS)
     for name in (
         "pot4-channel",
@@ -72,7 +75,7 @@ def test_an_arm_is_what_its_name_says(accuracy):
         "pot4-channel-rtn",
         "pot4-channel-mse-seed1",
         "pot4-32-gptq-x",
-        "pot4-32-absmax-generated",
+        "pot4-32-absmax-own50",
     ):
         with pytest.raises(accuracy.argparse.ArgumentTypeError, match="must be GRID-GRANULARITY-METHOD"):
             accuracy.arm(name)
