@@ -50,7 +50,8 @@ METHODS = {  # options of potqat quantize
     "reconstruct": ("--rounding", "reconstruct"),
 }
 UNCALIBRATED = ("absmax", "mse")
-NAME = re.compile(rf"({'|'.join(GRIDS)})-(channel|tensor|\d+)-([a-z+]+)((?:-(?:float|embedding|(?:tokens|own|seed)\d+))*)")
+OPTIONS = r"(?:-(?:float|embedding|(?:tokens|own|seed)\d+))*"
+NAME = re.compile(rf"({'|'.join(GRIDS)})-(channel|tensor|\d+)-([a-z+]+)({OPTIONS})")
 ARMS = (
     *(f"pot4-{granularity}-{method}" for granularity in ("channel", 128, 32) for method in METHODS),
     *(f"{grid}-{granularity}-gptq" for grid in ("e2m1", "int4") for granularity in ("channel", 128, 32)),

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from potqat import checkpoint
+from potqat._C import cpu_info
 from potqat.flows import sources
 from potqat.flows.generated import generate_windows
 from potqat.flows.text import read_text, sha256, tokenize
@@ -20,7 +21,7 @@ from potqat.flows.text import read_text, sha256, tokenize
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONTEXT, BATCH = 256, 8  # tokens of a window, and windows that are run at a time
+CONTEXT, BATCH = 512, 4  # tokens of a window, and windows that are run at a time
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class CalibrationText:
         return [*self.file, *torch.zeros(self.to_write, dtype=torch.int64).split(BATCH)]
 
     def batches(self, dtype: torch.dtype, kept: Path) -> list[torch.Tensor]:
-        """Token ids, int64 [B, T] each; what is to be written, the float model writes in ``dtype``.
+        """Token ids, int64 [B, T] each. What is to be written, the float model writes in ``dtype``, and in bfloat16
+        where the processor has tiles for it: that is twice as fast, and good enough for text.
 
         Args:
             kept: file for what is written, where the same call finds it; the caller deletes it.
@@ -59,6 +61,8 @@ class CalibrationText:
         """
         if not self.to_write[0]:
             return self.file
+        if "amx" in cpu_info()["available"]:
+            dtype = torch.bfloat16
         call = json.dumps([self.source.identity(), str(dtype), *self.to_write, self.seed])
         if kept.exists():
             windows = _read(kept, call)

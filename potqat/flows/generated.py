@@ -52,11 +52,19 @@ def _continue(model: nn.Module, first: torch.Tensor, count: int, bar: tqdm) -> t
     model.generation_config = GenerationConfig()  # what came with the model may end texts, or leave out rare tokens
     try:
         return model.generate(
-            first, attention_mask=torch.ones_like(first), max_new_tokens=count, do_sample=True, top_k=0,
-            streamer=_Progress(bar),
+            first, attention_mask=torch.ones_like(first), max_new_tokens=count, do_sample=False,
+            logits_processor=[_drawn], streamer=_Progress(bar),
         )  # fmt: skip
     finally:
         model.generation_config = own
+
+
+def _drawn(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Logits [B, V] to scores of which the largest is at a token drawn by them: by one random number, where
+    transformers draws one for each word of the vocabulary, which takes a third of the time."""
+    below = logits.double().softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(below, torch.rand(len(below), 1, dtype=torch.float64) * below[:, -1:], right=True)
+    return torch.zeros_like(logits).scatter_(-1, drawn, 1.0)
 
 
 class _Progress:

@@ -31,7 +31,7 @@ class Recipe:
         warmup: share of the steps in which the learning rates rise.
         dtype: ``"bfloat16"`` runs both models under autocast; weights stay float32.
         checkpointing: keep only the blocks' inputs and compute the rest again for the gradient.
-        calibration_tokens: of the training text, for the start; in windows of 256.
+        calibration_tokens: of the training text, for the start; in windows of 512, or of ``context`` if that is less.
         held_out: share of the text, its end, that is neither trained nor calibrated on.
         evaluate_every: steps from one point of the curve, and one saved state, to the next.
 
