@@ -253,7 +253,9 @@ def quantized(arm: Arm, arguments: argparse.Namespace) -> tuple[str, dict[str, A
         report, took = potqat(words)
         write_json(note, {"file_bytes": report["file_bytes"], **took, "resumed": resumed})
     entry = {"label": arm.label, "settings": arm.settings, "calibrated": arm.calibrated}
-    entry |= {"calibration_tokens": tokens, "generated_tokens": own, "calibration_seed": arm.number("seed")}
+    if arm.calibrated:
+        entry |= {"calibration_tokens": tokens, "calibration_context": calibration_text.CONTEXT}
+    entry |= {"generated_tokens": own, "calibration_seed": arm.number("seed")}
     return str(folder), entry | {"quantize": json.loads(note.read_text(encoding="utf-8"))}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -69,15 +70,17 @@ def results() -> str:
     return "\n".join(lines + _accuracy() + _footprint() + _kernels() + _decode())
 
 
-def _machines(arms: dict[str, dict]) -> str:
-    """Where the rows were measured; which rows, of all machines but the first."""
+def _by_rows(arms: Iterable[dict], said: Callable[[dict], str]) -> str:
+    """What is said of the arms, and which rows it is true of, but for the first."""
     rows: dict[str, list[str]] = {}
-    for arm in arms.values():
-        machine = arm["machine"]
-        name = f"{machine['cpu']}, {machine['isa']}"
-        rows.setdefault(name, []).append(arm["label"])
+    for arm in arms:
+        rows.setdefault(said(arm), []).append(arm["label"])
     first, *others = rows
     return "; ".join([first, *(f"{name} ({'; '.join(rows[name])})" for name in others)]) + "."
+
+
+def _machine(arm: dict) -> str:
+    return f"{arm['machine']['cpu']}, {arm['machine']['isa']}"
 
 
 def _accuracy() -> list[str]:
@@ -92,8 +95,8 @@ def _accuracy() -> list[str]:
         "one command (`benchmarks/accuracy.py`). "
         f"Perplexity as a ratio to float, KL from float in nats a token, and how often both rank the same token first, "
         f"with 95% intervals, on {names} (context {settings['context']}, {first['texts'][0]['windows']} windows). "
-        f"Calibrated methods saw {calibration['tokens']:,} tokens of {calibration['text']}, and no row chose a setting "
-        "on these texts.",
+        f"Calibrated methods saw {calibration['tokens']:,} tokens of {calibration['text']} unless said otherwise, and "
+        "no row chose a setting on these texts.",
         "",
         "| model | MB | bytes a weight | " + " | ".join(f"{text['file']}: ratio | KL | top-1" for text in texts) + " |",
         "|---" * (3 + 3 * len(texts)) + "|",
@@ -117,9 +120,13 @@ def _accuracy() -> list[str]:
         "mse and output choose scales (by the largest weight, by squared error of weights, of outputs) and round to "
         "nearest; gptq compensates errors on output scales, which is the default of `--calibration`; reconstruct "
         "trains each block from there (`--rounding reconstruct`). A sample is another draw of the calibration text. "
-        "Where half of the text is its own, the float model wrote half of these tokens by itself, from random first "
-        f"tokens (`--generated-tokens`). {_machines(arms)}",
+        "Where some of the text is its own, the float model wrote that share of the tokens by itself, from random "
+        f"first tokens (`--generated-tokens`). {_by_rows(arms.values(), _machine)}",
     ]
+    calibrated = [arm for arm in arms.values() if arm.get("calibrated")]
+    if calibrated:
+        windows = _by_rows(calibrated, lambda arm: str(arm["calibration_context"]))
+        lines[-1] += f" Tokens of a calibration window: {windows}"
     samples: dict[str, list[dict]] = {}
     for name, arm in arms.items():
         if arm.get("calibrated"):
