@@ -10,8 +10,8 @@ peers, whose activations are bfloat16 already; all but llama.cpp's include a cal
 
 Writes benchmarks/results/NAME.json after each group, and at the end NAME.md and the roofline NAME.png. Groups that an
 earlier run on the same machine wrote there stay until they are measured again, so a long run can be cut into shapes.
-`pip install 'potqat[bench]'` brings
-llama.cpp; what is not installed or does not run is a row that says so.
+`pip install 'potqat[bench]'` brings llama.cpp; what is not installed or does not run is a row that says so.
+On a machine with AMX, ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI beside --isa avx512vbmi holds PyTorch to the same.
 """
 
 import argparse

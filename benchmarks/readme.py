@@ -12,7 +12,7 @@ BEGIN, END = "<!-- results: written by benchmarks/readme.py -->", "<!-- /results
 # Validation losses at iteration 22,500 in PoT-QAT (arXiv 2601.02298, Table 2; float: arXiv 2506.00315), last position.
 PAPERS = {"control": "1.58", "int4-paper-qat": "1.593", "pot9-paper-qat": "1.682"}
 
-ISAS = ("amx", "avx512vnni")
+ISAS = ("amx", "avx512vnni", "avx512vbmi")
 KEY = ("n", "k", "m", "threads", "residency")
 
 
@@ -205,7 +205,8 @@ def _kernels() -> list[str]:
         f"activations in and out, quantization included, bfloat16 in bfloat16). {machine['cpu']}, torch "
         f"{machine['torch']}, llama-cpp-python {versions['llama-cpp-python']} (its AMX kernels; GCC 12 must not drop "
         "stores in them, or they crash). The machine is shared: what it can do at most is in the last two columns, "
-        "read bandwidth and the peak of the instruction set, measured beside each row.",
+        "read bandwidth and the peak of the instruction set, measured beside each row. "
+        + _peers_isa(reports),
         "",
         "| tokens x outputs x inputs | instructions | " + " | ".join(LAYERS) + " | GB/s | peak TOPS |",
         "|---" * (len(LAYERS) + 4) + "|",
@@ -234,9 +235,16 @@ def _kernels() -> list[str]:
         "",
         f"Rotated: through copies of the weight of {size / 1e6:,.0f} MB in all, so that no cache holds them. "
         "int8 is activation quantization, `torch._int_mm` and two scales; dynamic int8 is PyTorch's quantized Linear. "
-        "All but llama.cpp's times include a call from Python. All peers, and roofs: "
+        "All but llama.cpp's times include a call from Python; what was not measured is empty. All peers, and roofs: "
         "`benchmarks/results/`.",
     ]
+
+
+def _peers_isa(reports: list[dict]) -> str:
+    """What PyTorch's products in bfloat16 and int8 ran on."""
+    limits = {report["machine"]["isa"]: report["versions"].get("ONEDNN_MAX_CPU_ISA") for report in reports}
+    held = [f"{isa}, where it is held to the same (`ONEDNN_MAX_CPU_ISA={at}`)" for isa, at in limits.items() if at]
+    return f"PyTorch may use AMX in all rows but those of {' and '.join(held)}."
 
 
 def _decode() -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ def start(isa: str | None, name: str | None, kind: str) -> Path:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the peers that are packages of their own; None: not installed."""
-    return {name: installed(name) for name in ("torchao", "llama-cpp-python")}
+    """Of the peers that are packages of their own (None: not installed), and what oneDNN, which multiplies for PyTorch,
+    may use at most (None: what there is)."""
+    packages = {name: installed(name) for name in ("torchao", "llama-cpp-python")}
+    return packages | {"ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA")}
 
 
 def merge(path: Path, report: dict[str, Any], key: tuple[str, ...]) -> dict[str, Any]:
