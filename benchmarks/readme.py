@@ -205,8 +205,7 @@ def _kernels() -> list[str]:
         f"activations in and out, quantization included, bfloat16 in bfloat16). {machine['cpu']}, torch "
         f"{machine['torch']}, llama-cpp-python {versions['llama-cpp-python']} (its AMX kernels; GCC 12 must not drop "
         "stores in them, or they crash). The machine is shared: what it can do at most is in the last two columns, "
-        "read bandwidth and the peak of the instruction set, measured beside each row. "
-        + _peers_isa(reports),
+        "read bandwidth and the peak of the instruction set, measured beside each row. " + _peers_isa(reports),
         "",
         "| tokens x outputs x inputs | instructions | " + " | ".join(LAYERS) + " | GB/s | peak TOPS |",
         "|---" * (len(LAYERS) + 4) + "|",
