@@ -7,6 +7,7 @@ import torch
 from hypothesis import settings
 
 import potqat
+from potqat.models.gpt import GPT, GPTConfig
 
 settings.register_profile("potqat", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("potqat")
@@ -35,6 +36,20 @@ def one_thread():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def small_gpt():
+    """Makes a GPT in float64 whose float32 rounding is far below what is compared, with logits of a few units."""
+
+    def make(seed, vocabulary):
+        torch.manual_seed(seed)
+        model = GPT(GPTConfig(vocabulary, block_size=128, n_layer=1, n_head=2, n_embd=16)).double().eval()
+        # Not tied: no mere echo.
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(vocabulary, 16, dtype=torch.float64))
+        return model
+
+    return make
 
 
 @pytest.fixture(scope="session")
