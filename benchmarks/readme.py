@@ -243,7 +243,7 @@ def _peers_isa(reports: list[dict]) -> str:
     """What PyTorch's products in bfloat16 and int8 ran on."""
     limits = {report["machine"]["isa"]: report["versions"].get("ONEDNN_MAX_CPU_ISA") for report in reports}
     held = [f"{isa}, where it is held to the same (`ONEDNN_MAX_CPU_ISA={at}`)" for isa, at in limits.items() if at]
-    return f"PyTorch may use AMX in all rows but those of {' and '.join(held)}."
+    return "PyTorch may use AMX in all rows" + (f" but those of {' and '.join(held)}." if held else ".")
 
 
 def _decode() -> list[str]:
