@@ -128,6 +128,14 @@ def test_save_pretrained_writes_a_model_that_came_from_gguf(packed_smollm2, tmp_
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_the_float_model_of_a_gguf_file_is_written_as_one(smollm2, tmp_path):
+    smollm2[0].save_pretrained(tmp_path)
+    again = sources.load(sources.find(str(tmp_path)))
+    expected, found = smollm2[0].state_dict(), again.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
 def test_quality_without_training_or_data(smollm2, packed_smollm2, wikitext):
     """Ratios to the float model: 1.23 and 1.73 when this was written, with int8 activations and embedding."""
     reference = perplexity(*smollm2, wikitext, *PROTOCOL)

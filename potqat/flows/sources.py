@@ -23,7 +23,7 @@ from potqat.flows.text import read_text
 from potqat.models.gpt import GPT, GPTConfig, load_nanogpt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GPT_TYPE = GPT.__name__.lower()  # config.json's model_type of potqat.models.gpt
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -205,7 +205,17 @@ def load(source: Source, dtype: torch.dtype = torch.float32) -> nn.Module:
                 f"{source.name}: {len(names)} of the weights that {checkpoint.CONFIG} asks for are {what}, as {first}; "
                 "get the folder again, complete"
             )
+    if source.kind == "gguf":
+        _forget_gguf(model)
     return model.eval()
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """transformers 5 reads the weights as floats, but takes the model for a packed one, which it does not write."""
+    for name in ("hf_quantizer", "quantization_method"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
+    model.is_quantized = False
 
 
 class _NoInit(TorchFunctionMode):
