@@ -92,8 +92,8 @@ PRESETS = {
     "1m": Recipe(
         loss="ce", context=64, batch=12, steps=2000, learning_rate=5e-4, final_learning_rate=5e-5, evaluate_every=200
     ),
-    # SmolLM2-135M from reconstructed blocks, KL: 1e-4 is slower, 1e-3 undoes more than it learns. Cross-entropy on a
-    # text that is new to the model wants 1e-3 (CHANGELOG).
+    # SmolLM2-135M from reconstructed blocks, KL: 1e-4 is slower, 1e-3 undoes more than it learns. With
+    # cross-entropy 1e-3 went further than 1e-4 (CHANGELOG).
     "100m": Recipe(batch=8, learning_rate=3e-4, final_learning_rate=3e-5),
     # arXiv 2601.02298 for GPT-2 124M: one target a window, 384 a step.
     "papers": Recipe(
