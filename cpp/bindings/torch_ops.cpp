@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -136,6 +137,19 @@ void run_parallel(int64_t count, int64_t grain, const potqat::Body& body) {
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end); });
 }
 
+// Uninitialized, for results. torch::stable::new_empty goes through the dispatcher by name, which takes longer than a
+// small layer.
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+  const int32_t torch_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), torch_dtype, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  return Tensor(handle);
+}
+
 Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 Tensor compute_scale(const Tensor& w, const std::optional<Tensor>& importance, const Name& grid, const Name& rounding,
@@ -157,7 +171,7 @@ Tensor compute_scale(const Tensor& w, const std::optional<Tensor>& importance, c
   if ((weights != nullptr) != (parsed == potqat::ScaleMethod::kOutput)) {
     fail(op, "importance goes with method 'output'");
   }
-  Tensor scale = torch::stable::new_empty(w, {potqat::group_count(m.cols, group_size), m.rows}, ScalarType::Float);
+  Tensor scale = empty({potqat::group_count(m.cols, group_size), m.rows}, ScalarType::Float);
   check_status(potqat::compute_scale(m, weights, q, parsed, per_tensor, static_cast<float*>(scale.mutable_data_ptr()),
                                      run_parallel),
                op);
@@ -170,7 +184,7 @@ Tensor fake_quant(const Tensor& w, const Tensor& scale_, const Name& grid, const
   const Matrix m = matrix(w, op);
   const Quantization q = quantization(grid, rounding, group_size, op);
   const Tensor scale = as_contiguous(scale_);
-  Tensor out = torch::stable::new_empty(w, {m.rows, m.cols});
+  Tensor out = empty({m.rows, m.cols}, w.scalar_type());
   check_status(
       potqat::fake_quantize(m, scale_data(scale, q, m.rows, m.cols, op), q, out.mutable_data_ptr(), run_parallel), op);
   return out;
@@ -187,8 +201,8 @@ std::tuple<Tensor, Tensor> fake_quant_backward(const Tensor& grad, const Tensor&
   }
   const Tensor scale = as_contiguous(scale_);
   const float* s = scale_data(scale, q, m.rows, m.cols, op);
-  Tensor dw = torch::stable::new_empty(w, {m.rows, m.cols});
-  Tensor dscale = torch::stable::new_empty(scale, {scale_grad ? scale.size(0) : 0, scale.size(1)});
+  Tensor dw = empty({m.rows, m.cols}, w.scalar_type());
+  Tensor dscale = empty({scale_grad ? scale.size(0) : 0, scale.size(1)}, scale.scalar_type());
   float* dscale_data = scale_grad ? static_cast<float*>(dscale.mutable_data_ptr()) : nullptr;
   check_status(potqat::ste_backward(g, m, s, q, clip, dw.mutable_data_ptr(), dscale_data, run_parallel), op);
   return {dw, dscale};
@@ -203,7 +217,7 @@ Tensor pack(const Tensor& w, const Tensor& scale_, const Name& grid, const Name&
   const float* s = scale_data(scale, q, m.rows, m.cols, op);
   const int64_t rows = (m.rows + potqat::kTileOutputs - 1) / potqat::kTileOutputs;
   const int64_t cols = (m.cols + potqat::kTileInputs - 1) / potqat::kTileInputs;
-  Tensor packed = torch::stable::new_empty(w, {rows, cols, potqat::tile_bytes(q.grid)}, ScalarType::Byte);
+  Tensor packed = empty({rows, cols, potqat::tile_bytes(q.grid)}, ScalarType::Byte);
   check_status(potqat::pack(m, s, q, static_cast<uint8_t*>(packed.mutable_data_ptr()), run_parallel), op);
   return packed;
 }
@@ -215,7 +229,7 @@ Tensor unpack(const Tensor& packed_, const Tensor& scale_, const Name& grid, int
   const Tensor packed = as_contiguous(packed_), scale = as_contiguous(scale_);
   const uint8_t* codes = packed_data(packed, q, n, k, op);
   const float* s = scale_data(scale, q, n, k, op);
-  Tensor out = torch::stable::new_empty(scale, {n, k}, ScalarType::Float);
+  Tensor out = empty({n, k}, ScalarType::Float);
   check_status(potqat::unpack(codes, s, q, n, k, static_cast<float*>(out.mutable_data_ptr()), run_parallel), op);
   return out;
 }
@@ -262,7 +276,7 @@ Tensor linear(const Tensor& x_, const Tensor& packed_, const Tensor& scale_, con
                                                                    : torch::stable::to(*bias_, ScalarType::Float));
     args.bias = static_cast<const float*>(bias->data_ptr());
   }
-  Tensor out = torch::stable::new_empty(x, sizes);
+  Tensor out = empty(sizes, x.scalar_type());
   args.x = x.data_ptr();
   args.input_scale = static_cast<float>(input_scale);
   args.input_zero_point = static_cast<int32_t>(input_zero_point);
@@ -283,7 +297,7 @@ Tensor embedding(const Tensor& ids_, const Tensor& packed_, const Tensor& scale_
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < ids.dim(); ++i) sizes.push_back(ids.size(i));
   sizes.push_back(k);
-  Tensor out = torch::stable::new_empty(scale, sizes, ScalarType::Float);
+  Tensor out = empty(sizes, ScalarType::Float);
   check_status(potqat::embedding(static_cast<const int64_t*>(ids.data_ptr()), ids.numel(), codes, s, q, n, k,
                                  static_cast<float*>(out.mutable_data_ptr()), run_parallel),
                op);

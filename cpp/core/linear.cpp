@@ -145,9 +145,10 @@ class Blocks {
   void rows(int64_t r0, int64_t count) {
     // float32 of one pass, or of few rows: results go where they belong. Else they gather here, and are cast and
     // copied at the end.
-    const bool together = table_.groups_together && groups_ > 1 && a_.q.group_size % kTileInputs == 0 &&
-                          a_.activations != Activations::kFloat && in_.parts == 1 && !in_.zero_point &&
-                          count >= kManyRows;
+    const bool taken = count <= table_.few_rows_grouped ||
+                       (table_.many_rows_grouped && count >= kManyRows && a_.q.group_size % kTileInputs == 0);
+    const bool together =
+        taken && groups_ > 1 && a_.activations != Activations::kFloat && in_.parts == 1 && !in_.zero_point;
     const bool one_pass = together || groups_ * in_.parts == 1;
     const bool direct = a_.dtype == DType::kFloat32 && (one_pass || count <= kRowPadding);
     float* y = direct ? static_cast<float*>(a_.out) + r0 * a_.n + n0_ : y_;
@@ -219,20 +220,10 @@ class Blocks {
     const auto block = [&](int64_t row, int64_t m) {
       const int8_t* q = in_.q.get() + row * in_.stride + first;
       const int32_t* q_sum = in_.q_sum.data() + row * groups_ + group;
-      return Dot{lines(first),
-                 column_bytes_,
-                 columns_,
-                 line_count(last - first),
-                 whole_tiles,
-                 levels_,
-                 q,
-                 in_.stride,
-                 q_sum,
-                 groups_,
-                 m,
-                 acc_,
-                 groups,
-                 a_.q.group_size / kTileInputs};
+      return Dot{lines(first), column_bytes_,  columns_, line_count(last - first),
+                 whole_tiles,  levels_,        q,        in_.stride,
+                 q_sum,        groups_,        m,        acc_,
+                 groups,       a_.q.group_size};
     };
     int32_t offset[kWidth] = {};
     if (in_.zero_point) {  // sum of level * (q - zp) = sum of level * q - zp * sum of level

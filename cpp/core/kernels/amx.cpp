@@ -176,7 +176,8 @@ void two_columns(const Dot& d, __m512i table, int column, Waiting& before) {
     for (int64_t r = 0; r < d.m; r += kBlockRows) {
       const int64_t rows = least(kBlockRows, d.m - r);
       for (int64_t group = 0; group < d.groups; ++group) {
-        const int64_t first = group * d.group_tiles, count = d.groups > 1 ? least(d.group_tiles, all - first) : tiles;
+        const int64_t group_tiles = d.group_inputs / 64, first = group * group_tiles;
+        const int64_t count = d.groups > 1 ? least(group_tiles, all - first) : tiles;
         const int8_t* q = d.q + r * d.q_stride + (t0 + first) * 64;
         const Weights part = {weights.first + first * weights.step, weights.step, weights.second};
         // Sums of one panel only pass through: those before are out of the way when a block is done.
@@ -231,6 +232,6 @@ bool supported() {
 #include "calibrate.inl"
 
 namespace potqat {
-const KernelTable kAmxTable = {"amx",  supported, dot,           dot_float, absmax, quantize,
-                               assign, ste,       squared_error, peak,      read,   true};
+const KernelTable kAmxTable = {"amx", supported,     dot,  dot_float, absmax,         quantize, assign,
+                               ste,   squared_error, peak, read,      kAvx512FewRows, true};
 }  // namespace potqat

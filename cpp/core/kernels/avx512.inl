@@ -11,8 +11,8 @@
 namespace potqat {
 namespace {
 
-constexpr int kFewRows = 6;      // 6 x 4 sums, 4 operands and a broadcast fill the 32 registers
-constexpr int kPanelLines = 32;  // 16 KiB of looked-up operands
+constexpr int kFewRows = kAvx512FewRows;  // x 4 sums, 4 operands and a broadcast fill the 32 registers
+constexpr int kPanelLines = 32;           // 16 KiB of looked-up operands
 constexpr int kPanelParts = 2 * kPanelLines;
 constexpr int kLinesAhead = 8;  // prefetched into the first-level cache while few rows are multiplied
 
@@ -30,51 +30,71 @@ struct Bytes {
   }
 };
 
-// acc = (or +=) sums of ROWS rows and COLUMNS columns, less the bias at the end.
-template <int ROWS, int COLUMNS>
-void store_sums(const __m512i sum[ROWS][COLUMNS], const Dot& d, int64_t row, int32_t bias, int32_t* acc) {
-  UNROLL for (int r = 0; r < ROWS; ++r) {
-    const uint32_t off = static_cast<uint32_t>(bias) * static_cast<uint32_t>(d.q_sum[(row + r) * d.q_sum_stride]);
-    const __m512i offset = _mm512_set1_epi32(static_cast<int32_t>(off));
-    UNROLL for (int c = 0; c < COLUMNS; ++c) {
-      _mm512_storeu_si512(acc + (row + r) * kWidth + 16 * c, _mm512_sub_epi32(sum[r][c], offset));
-    }
-  }
+__m512i times(int32_t bias, int32_t q_sum) {
+  return _mm512_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>(bias) * static_cast<uint32_t>(q_sum)));
 }
 
+// Rows of y, from column of tiles `column` on: group by group, so that the sums never leave the registers.
 template <int ROWS, int COLUMNS, class Decoder>
-void few_rows(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32_t* acc) {
+void few_rows(const Decoder& decoder, const Dot& d, const Output& o, int column) {
   constexpr int kParts = Decoder::kParts;
   // With few sums under way each part has its own, or they would wait for each other.
   constexpr int kChains = ROWS * COLUMNS < 8 ? kParts : 1;
-  __m512i sum[kChains][ROWS][COLUMNS], part[kParts];
-  for (auto& chain : sum) {
-    for (auto& row : chain) {
-      for (auto& s : row) s = _mm512_setzero_si512();
-    }
-  }
   const int64_t ahead = COLUMNS * d.column_bytes;
-  for (int64_t line = 0; line < d.line_count; ++line) {
-    UNROLL for (int c = 0; c < COLUMNS; ++c) {
-      const uint8_t* bytes = lines + c * d.column_bytes + line * 64;
-      // Streams of a few KB are too short for the hardware: what follows here, and the next columns.
-      _mm_prefetch(bytes + kLinesAhead * 64, _MM_HINT_T0);
-      _mm_prefetch(bytes + ahead, _MM_HINT_T1);
-      decoder.decode(_mm512_loadu_si512(bytes), part);
-      UNROLL for (int r = 0; r < ROWS; ++r) {
-        UNROLL for (int p = 0; p < kParts; ++p) {
-          const __m512i input = broadcast4(d.q + r * d.q_stride + (line * kParts + p) * 4);
-          sum[p % kChains][r][c] = _mm512_dpbusd_epi32(sum[p % kChains][r][c], part[p], input);
+  const int64_t group_lines = d.groups > 1 ? d.group_inputs / (4 * kParts) : d.line_count;
+  const uint8_t* lines = d.lines + column * d.column_bytes;
+  const int8_t* q = d.q;
+  const float* s_w = o.s_w + 16 * column;
+  int64_t left = d.line_count;
+  for (int64_t group = 0; group < d.groups; ++group) {
+    __m512i sum[kChains][ROWS][COLUMNS], part[kParts];
+    for (auto& chain : sum) {
+      for (auto& row : chain) {
+        for (auto& s : row) s = _mm512_setzero_si512();
+      }
+    }
+    const int64_t count = left < group_lines ? left : group_lines;
+    for (int64_t line = 0; line < count; ++line) {
+      UNROLL for (int c = 0; c < COLUMNS; ++c) {
+        const uint8_t* bytes = lines + c * d.column_bytes + line * 64;
+        // Streams of a few KB are too short for the hardware: what follows here, and the next columns.
+        _mm_prefetch(bytes + kLinesAhead * 64, _MM_HINT_T0);
+        _mm_prefetch(bytes + ahead, _MM_HINT_T1);
+        decoder.decode(_mm512_loadu_si512(bytes), part);
+        UNROLL for (int r = 0; r < ROWS; ++r) {
+          UNROLL for (int p = 0; p < kParts; ++p) {
+            const __m512i input = broadcast4(q + r * d.q_stride + (line * kParts + p) * 4);
+            // As an intrinsic GCC 12 copies each sum for every line, and of more than 3 rows it has no registers left.
+            asm("vpdpbusd %2, %1, %0" : "+v"(sum[p % kChains][r][c]) : "v"(part[p]), "v"(input));
+          }
         }
       }
     }
-  }
-  for (int chain = 1; chain < kChains; ++chain) {
+    const bool first = o.first && group == 0, last = group + 1 == d.groups;
     UNROLL for (int r = 0; r < ROWS; ++r) {
-      UNROLL for (int c = 0; c < COLUMNS; ++c) sum[0][r][c] = _mm512_add_epi32(sum[0][r][c], sum[chain][r][c]);
+      const __m512i bias = times(Decoder::kBias, d.q_sum[r * d.q_sum_stride + group]);
+      const __m512 token = _mm512_set1_ps(o.s_x[r]);
+      UNROLL for (int c = 0; c < COLUMNS; ++c) {
+        const int at = 16 * (column + c);
+        const __mmask16 used = first_lanes(o.width - at);
+        __m512i all = _mm512_sub_epi32(sum[0][r][c], bias);
+        for (int chain = 1; chain < kChains; ++chain) all = _mm512_add_epi32(all, sum[chain][r][c]);
+        if (o.offset) all = _mm512_sub_epi32(all, _mm512_loadu_si512(o.offset + at));
+        const __m512 scale = _mm512_mul_ps(token, _mm512_maskz_loadu_ps(used, s_w + 16 * c));
+        float* const to = o.y + r * o.y_stride + at;
+        __m512 y = first ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(used, to);
+        y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_cvtepi32_ps(all), scale));
+        if (last && o.bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(used, o.bias + at));
+        _mm512_mask_storeu_ps(to, used, y);
+      }
     }
+    // The scales of a group are far from those of the next one: those of the next columns.
+    UNROLL for (int c = 0; c < COLUMNS; ++c) _mm_prefetch(s_w + 16 * (COLUMNS + c), _MM_HINT_T1);
+    lines += count * 64;
+    q += count * 4 * kParts;
+    s_w += o.s_w_stride;
+    left -= count;
   }
-  store_sums<ROWS, COLUMNS>(sum[0], d, 0, Decoder::kBias, acc);
 }
 
 // ROWS rows times a panel [parts][COLUMNS]; `first`: acc holds nothing yet, `bias` is taken off after the last panel.
@@ -95,7 +115,12 @@ void panel_rows(const __m512i* panel, int64_t parts, const Dot& d, int64_t row, 
       UNROLL for (int c = 0; c < COLUMNS; ++c) sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], part[c], input);
     }
   }
-  store_sums<ROWS, COLUMNS>(sum, d, row, bias, acc);
+  UNROLL for (int r = 0; r < ROWS; ++r) {
+    const __m512i off = times(bias, d.q_sum[(row + r) * d.q_sum_stride]);
+    UNROLL for (int c = 0; c < COLUMNS; ++c) {
+      _mm512_storeu_si512(acc + (row + r) * kWidth + 16 * c, _mm512_sub_epi32(sum[r][c], off));
+    }
+  }
 }
 
 // f.template operator()<rows>(), 1 .. kFewRows.
@@ -144,25 +169,31 @@ void many_rows(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32
   }
 }
 
-template <int COLUMNS, class Decoder, class Done>
-void dot_columns(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32_t* acc, const Done& done) {
-  if (d.m > kFewRows) return many_rows<COLUMNS>(decoder, d, lines, acc, done);
-  with_rows(d.m, [&]<int ROWS>() { few_rows<ROWS, COLUMNS>(decoder, d, lines, acc); });
-  done(0, d.m);
+template <class Decoder>
+void dot_few(const Decoder& decoder, const Dot& d, const Output& output) {
+  with_rows(d.m, [&]<int ROWS>() {
+    if (d.columns == kMaxColumns) return few_rows<ROWS, kMaxColumns>(decoder, d, output, 0);
+    for (int c = 0; c < d.columns; ++c) few_rows<ROWS, 1>(decoder, d, output, c);
+  });
 }
 
 template <class Decoder>
-void dot_with(const Decoder& decoder, const Dot& d, const Output& output) {
+void dot_many(const Decoder& decoder, const Dot& d, const Output& output) {
   const auto scaled = [&](int64_t row, int64_t rows) {
     with_scale<kMaxColumns>(output, 0, [&](const auto& scale) ALWAYS_INLINE {
       for (int64_t r = row; r < row + rows; ++r) scale.row(d.acc + r * kWidth, r);
     });
   };
-  if (d.columns == kMaxColumns) return dot_columns<kMaxColumns>(decoder, d, d.lines, d.acc, scaled);
+  if (d.columns == kMaxColumns) return many_rows<kMaxColumns>(decoder, d, d.lines, d.acc, scaled);
   for (int c = 0; c < d.columns; ++c) {
-    dot_columns<1>(decoder, d, d.lines + c * d.column_bytes, d.acc + 16 * c, [](int64_t, int64_t) {});
+    many_rows<1>(decoder, d, d.lines + c * d.column_bytes, d.acc + 16 * c, [](int64_t, int64_t) {});
   }
   scaled(0, d.m);
+}
+
+template <class Decoder>
+void dot_with(const Decoder& decoder, const Dot& d, const Output& output) {
+  d.m > kFewRows ? dot_many(decoder, d, output) : dot_few(decoder, d, output);
 }
 
 void dot(const Dot& d, const Output& output) {

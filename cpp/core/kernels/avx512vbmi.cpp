@@ -38,5 +38,5 @@ bool supported() {
 
 namespace potqat {
 const KernelTable kAvx512VbmiTable = {"avx512vbmi", supported, dot,           dot_float, absmax, quantize,
-                                      assign,       ste,       squared_error, peak,      read};
+                                      assign,       ste,       squared_error, peak,      read,   kAvx512FewRows};
 }  // namespace potqat

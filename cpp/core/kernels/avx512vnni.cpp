@@ -37,5 +37,5 @@ bool supported() {
 
 namespace potqat {
 const KernelTable kAvx512VnniTable = {"avx512vnni", supported, dot,           dot_float, absmax, quantize,
-                                      assign,       ste,       squared_error, peak,      read};
+                                      assign,       ste,       squared_error, peak,      read,   kAvx512FewRows};
 }  // namespace potqat

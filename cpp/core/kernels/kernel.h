@@ -8,6 +8,7 @@ namespace potqat {
 constexpr int kMaxRows = 512;             // rows of activations in one call at most
 constexpr int kMaxColumns = 4;            // columns of tiles (16 outputs each) in one call at most
 constexpr int kWidth = 16 * kMaxColumns;  // elements from one row of acc or y to the next
+constexpr int kAvx512FewRows = 6;         // up to here its sums stay in registers
 constexpr int kManyRows = 8;              // from here on units with tiles use them
 constexpr int kGroupedInputs = 4096;      // in one call with several groups at most
 constexpr int kRowPadding = 16;           // q, x and acc have room for whole multiples of so many rows
@@ -28,8 +29,8 @@ struct Dot {
   int64_t q_sum_stride;
   int64_t m;  // 1 .. kMaxRows
   int32_t* acc;
-  int64_t groups;       // in the run; more than one only where the table takes groups together
-  int64_t group_tiles;  // of 64 inputs; the last group may have fewer
+  int64_t groups;        // in the run; more than one only where the table takes groups together
+  int64_t group_inputs;  // the last group may have fewer
 };
 
 // y[r][c] = (first ? 0 : y[r][c]) + float(acc[r][c] - offset[c]) * (s_x[r] * s_w[c]), and + bias[c]; every operation
@@ -91,8 +92,10 @@ struct KernelTable {
   int64_t (*peak)(int64_t rounds);
   // Calibration: exclusive or of the 8-byte words of a buffer, as fast as memory gives them.
   uint64_t (*read)(const uint8_t* data, int64_t bytes);
-  // dot takes several groups at once, from kManyRows rows on and without an offset: y is the sum over them, in order.
-  bool groups_together = false;
+  // dot takes several groups at once, without an offset: y is the sum over them, in order. Up to so many rows, and from
+  // kManyRows rows on where groups are whole tiles.
+  int64_t few_rows_grouped = 0;
+  bool many_rows_grouped = false;
 };
 
 extern const KernelTable kScalarTable;
