@@ -225,7 +225,7 @@ class Blocks {
                  q_sum,        groups_,        m,        acc_,
                  groups,       a_.q.group_size};
     };
-    int32_t offset[kWidth] = {};
+    int32_t offset[kWidth];
     if (in_.zero_point) {  // sum of level * (q - zp) = sum of level * q - zp * sum of level
       const float one = 1.0f;
       float ones[kWidth], level_sum[kWidth];
@@ -233,6 +233,7 @@ class Blocks {
       table_.dot(block(a_.m, 1), {&one, ones, nullptr, nullptr, true, false, width_, level_sum, kWidth, 0});
       // Exact: kMaxInputs * 127 < 2^24.
       for (int c = 0; c < width_; ++c) offset[c] = in_.zero_point * static_cast<int32_t>(level_sum[c]);
+      std::fill(offset + width_, offset + kWidth, 0);
       output.offset = offset;
     }
     table_.dot(block(r0, count), output);
