@@ -6,8 +6,9 @@ An arm is GRID-GRANULARITY-METHOD with options, as pot4-channel-gptq, e2m1-32-gp
 METHOD is absmax, mse, output (scales; rounding to nearest), absmax+gptq (error compensation on such scales), gptq
 (what --calibration does by default) or reconstruct (blocks trained from there); float takes float activations, not
 int8; tokensN so many calibration tokens, not --calibration-tokens; ownP of these P percent that the model writes by
-itself; seedN another sample of the calibration text; embedding the arm's grid for embeddings, not int8. Folders made
-elsewhere, as by training, are --packed NAME=DIR.
+itself; seedN another sample of the calibration text; embedding the arm's grid for embeddings, not int8; head16 int16
+activations for the head of a Llama-family model that is tied to its embedding. Folders made elsewhere, as by training,
+are --packed NAME=DIR.
 
 The other text of README's table is section A (A1 to A5, Markdown, in order) of An Anarchist FAQ 15.3, as it is in
 Debian's package `anarchism`.
@@ -50,7 +51,7 @@ METHODS = {  # options of potqat quantize
     "reconstruct": ("--rounding", "reconstruct"),
 }
 UNCALIBRATED = ("absmax", "mse")
-OPTIONS = r"(?:-(?:float|embedding|(?:tokens|own|seed)\d+))*"
+OPTIONS = r"(?:-(?:float|embedding|head16|(?:tokens|own|seed)\d+))*"
 NAME = re.compile(rf"({'|'.join(GRIDS)})-(channel|tensor|\d+)-([a-z+]+)({OPTIONS})")
 ARMS = (
     *(f"pot4-{granularity}-{method}" for granularity in ("channel", 128, 32) for method in METHODS),
@@ -66,7 +67,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to quantize; ``options`` are float, embedding, tokensN, ownP, seedN."""
+    """One way to quantize; ``options`` are float, embedding, head16, tokensN, ownP, seedN."""
 
     name: str
     grid: str
@@ -94,6 +95,7 @@ class Arm:
         words = ["--grid", self.grid, "--granularity", self.granularity, *METHODS[self.method]]
         words += ["--activations", "float"] * ("float" in self.options)
         words += ["--embedding-grid", self.grid] * ("embedding" in self.options)
+        words += ["--override", "embed_tokens:activations=int16"] * ("head16" in self.options)
         seed = self.number("seed")
         return words + ([] if seed is None else ["--calibration-seed", str(seed)])
 
@@ -109,6 +111,7 @@ def _in_words(option: str) -> str:
     return {
         "float": "float activations",
         "embedding": "embedding, too",
+        "head": f"int{number} activations for the head",
         "tokens": f"{int(number or 0):,} tokens",
         "own": f"{number}% of the text its own",
         "seed": f"sample {number}",
@@ -124,8 +127,8 @@ def arm(name: str) -> Arm:
     of_calibrated = found and any(word in found[4] for word in ("-seed", "-own", "-tokens"))
     if not found or found[3] not in METHODS or (of_calibrated and found[3] in UNCALIBRATED):
         raise argparse.ArgumentTypeError(
-            f"{name!r} must be GRID-GRANULARITY-METHOD, then any of -float, -embedding and, of calibrated ones, "
-            "-tokensN, -ownP and -seedN, "
+            f"{name!r} must be GRID-GRANULARITY-METHOD, then any of -float, -embedding, -head16 and, of calibrated "
+            "ones, -tokensN, -ownP and -seedN, "
             f"with a grid of {', '.join(GRIDS)} and a method of {', '.join(METHODS)}"
         )
     return Arm(name, found[1], found[2], found[3], tuple(found[4].split("-")[1:]))

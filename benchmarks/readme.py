@@ -12,7 +12,6 @@ BEGIN, END = "<!-- results: written by benchmarks/readme.py -->", "<!-- /results
 # Validation losses at iteration 22,500 in PoT-QAT (arXiv 2601.02298, Table 2; float: arXiv 2506.00315), last position.
 PAPERS = {"control": "1.58", "int4-paper-qat": "1.593", "pot9-paper-qat": "1.682"}
 
-ISAS = ("amx", "avx512vnni", "avx512vbmi")
 KEY = ("n", "k", "m", "threads", "residency")
 
 
@@ -185,7 +184,7 @@ def _footprint() -> list[str]:
     ]
 
 
-# Columns of the table of layers: heading -> peer.
+# Columns of the tables of layers: heading -> peer, and llama.cpp's best on the machine.
 LAYERS = {
     "pot4": "potqat pot4",
     "groups of 128": "potqat pot4, groups of 128",
@@ -193,25 +192,58 @@ LAYERS = {
     "bfloat16": "torch bfloat16",
     "int8": "torch int8",
     "dynamic int8": "torch dynamic int8",
-    "llama.cpp Q4_0": "llama.cpp Q4_0, AMX",
 }
+LLAMA = "llama.cpp Q4_0"
 
 
 def _kernels() -> list[str]:
-    reports = [json.loads((RESULTS / f"kernels_{isa}.json").read_text(encoding="utf-8")) for isa in ISAS]
-    machine, versions = reports[0]["machine"], reports[0]["versions"]
-    lines = [
+    zen, xeon = ("zen4_avx512vbmi",), ("amx", "avx512vnni", "avx512vbmi")
+    layers, held = _layers(zen, "CPU_REPACK"), _layers(xeon, "AMX")
+    versions = _report("kernels", zen[0])["versions"]
+    return [
         "",
         "One linear layer, microseconds, medians of 9 interleaved samples, 1 thread (`benchmarks/kernels.py`; float32 "
-        f"activations in and out, quantization included, bfloat16 in bfloat16). {machine['cpu']}, torch "
-        f"{machine['torch']}, llama-cpp-python {versions['llama-cpp-python']} (its AMX kernels; GCC 12 must not drop "
-        "stores in them, or they crash). The machine is shared: what it can do at most is in the last two columns, "
-        "read bandwidth and the peak of the instruction set, measured beside each row. " + _peers_isa(reports),
+        "activations in and out, quantization included, bfloat16 in bfloat16; torch "
+        f"{_machine(zen)['torch']}, llama-cpp-python {versions['llama-cpp-python']}). What the machine can do at most "
+        "is in the last two columns: read bandwidth and the peak of the instruction set, measured beside each row. "
+        f"{_machine(zen)['cpu']} (Zen 4: AVX-512 with VNNI and VBMI, no AMX), idle otherwise:",
         "",
-        "| tokens x outputs x inputs | instructions | " + " | ".join(LAYERS) + " | GB/s | peak TOPS |",
-        "|---" * (len(LAYERS) + 4) + "|",
+        *layers,
+        "",
+        f"{_machine(xeon)['cpu']}, shared with others, so no row compares with another; measured before few rows in "
+        "groups took one call (see CHANGELOG). llama.cpp runs its AMX kernels (GCC 12 must not drop stores in them, or "
+        "they crash). " + _peers_isa([_report("kernels", isa) for isa in xeon]),
+        "",
+        *held,
+        "",
+        f"Rotated: through copies of the weight of {_rotated(zen)} MB in all, {_rotated(xeon)} on the Xeon, so that no "
+        "cache holds them. int8 is activation quantization, `torch._int_mm` and two scales; dynamic int8 is PyTorch's "
+        "quantized Linear. All but llama.cpp's times include a call from Python; what was not measured is empty. All "
+        "peers, and roofs: `benchmarks/results/`.",
     ]
-    for report in reports:
+
+
+def _report(kind: str, name: str) -> dict:
+    return json.loads((RESULTS / f"{kind}_{name}.json").read_text(encoding="utf-8"))
+
+
+def _machine(names: tuple[str, ...]) -> dict:
+    return _report("kernels", names[0])["machine"]
+
+
+def _rotated(names: tuple[str, ...]) -> str:
+    calibration = _report("kernels", names[0])["calibration"]
+    return f"{max(c['read_bytes'] for c in calibration if c['residency'] == 'rotated') / 1e6:,.0f}"
+
+
+def _layers(names: tuple[str, ...], llama_place: str) -> list[str]:
+    """The table of one machine."""
+    peers = LAYERS | {LLAMA: f"{LLAMA}, {llama_place}"}
+    lines = [
+        "| tokens x outputs x inputs | instructions | " + " | ".join(peers) + " | GB/s | peak TOPS |",
+        "|---" * (len(peers) + 4) + "|",
+    ]
+    for report in (_report("kernels", name) for name in names):
         found: dict[tuple, dict[str, str]] = {}
         for row in report["rows"]:
             time = "" if row["error"] else f"{row['microseconds']['median']:,.0f}"
@@ -224,20 +256,12 @@ def _kernels() -> list[str]:
             cells = [
                 f"{m} x {n} x {k}" + (", rotated" if residency == "rotated" else ""),
                 calibration["isa"],
-                *(found[key].get(peer, "") for peer in LAYERS.values()),
+                *(found[key].get(peer, "") for peer in peers.values()),
                 f"{calibration['read_gb_per_second']:.0f}",
                 f"{calibration['peak_gops'] / 1e3:.2f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    size = max(c["read_bytes"] for c in reports[0]["calibration"] if c["residency"] == "rotated")
-    return [
-        *lines,
-        "",
-        f"Rotated: through copies of the weight of {size / 1e6:,.0f} MB in all, so that no cache holds them. "
-        "int8 is activation quantization, `torch._int_mm` and two scales; dynamic int8 is PyTorch's quantized Linear. "
-        "All but llama.cpp's times include a call from Python; what was not measured is empty. All peers, and roofs: "
-        "`benchmarks/results/`.",
-    ]
+    return lines
 
 
 def _peers_isa(reports: list[dict]) -> str:
@@ -248,18 +272,32 @@ def _peers_isa(reports: list[dict]) -> str:
 
 
 def _decode() -> list[str]:
-    report = json.loads((RESULTS / "decode_amx.json").read_text(encoding="utf-8"))
+    zen, xeon = _report("decode", "zen4_avx512vbmi"), _report("decode", "amx")
+    return [
+        "",
+        "A whole model, GPT-2 124M in shape, random weights, one text, 1 thread (`benchmarks/decode.py`): "
+        f"{zen['prefill_tokens']} tokens read at once, and tokens written one by one after {zen['context']}, medians "
+        f"of {zen['rounds']}. Decoding: eager, compiled by torch.compile, or as a program "
+        f'(`Decoder(model, 1, compile="step.pt2")`; prefill is eager there). {_decode_machine(zen)}:',
+        "",
+        *_tokens(zen),
+        "",
+        f"{_decode_machine(xeon)}, earlier:",
+        "",
+        *_tokens(xeon),
+    ]
+
+
+def _decode_machine(report: dict) -> str:
     (calibration,) = (c for c in report["calibration"] if c["threads"] == 1)
+    machine = report["machine"]
+    return f"{machine['cpu']}, {machine['isa']}, memory read at {calibration['read_gb_per_second']:.0f} GB/s"
+
+
+def _tokens(report: dict) -> list[str]:
     rows = [row for row in report["rows"] if row["threads"] == 1]
     base = next(row for row in rows if row["arm"] == "float32")
     lines = [
-        "",
-        "A whole model, GPT-2 124M in shape, random weights, one text, 1 thread, the same machine "
-        f"(`benchmarks/decode.py`): {report['prefill_tokens']} tokens read at once, and tokens written one by one "
-        f"after {report['context']}, medians of {report['rounds']}; memory was read at "
-        f"{calibration['read_gb_per_second']:.0f} GB/s. Decoding: eager, compiled by torch.compile, or as a program "
-        '(`Decoder(model, 1, compile="step.pt2")`; prefill is eager there).',
-        "",
         "| model | MB read a token | prefill tokens/s | of float32 | decode tokens/s | of float32 |",
         "|---|---|---|---|---|---|",
     ]

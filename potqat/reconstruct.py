@@ -78,8 +78,8 @@ def _train(twins: list[nn.Module], run: Rows, targets: Sequence[torch.Tensor]) -
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_steps=EPOCHS * -(-len(run) // at_once), pct_start=WARMUP, cycle_momentum=False
     )
-    # bfloat16 is enough for a straight-through gradient, and where there are tiles for it takes half of the time.
-    halves = "amx" in cpu_info()["available"]
+    # bfloat16 is enough for a straight-through gradient, and where the processor has it takes half of the time.
+    halves = cpu_info()["bfloat16"]
     generator = torch.Generator().manual_seed(0)
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(run), generator=generator).split(at_once):

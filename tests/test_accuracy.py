@@ -64,6 +64,9 @@ def test_an_arm_is_what_its_name_says(accuracy):
     whole = accuracy.arm("pot4-channel-absmax-embedding")
     assert whole.settings[4:] == ["--scale", "absmax", "--rounding", "nearest", "--embedding-grid", "pot4"]
     assert not whole.calibrated
+    head = accuracy.arm("pot4-32-gptq-head16")
+    assert head.settings[4:] == ["--override", "embed_tokens:activations=int16"]
+    assert head.label == "`pot4`, groups of 32, gptq, int16 activations for the head"
     own = accuracy.arm("pot4-channel-reconstruct-tokens1024-own75")
     assert own.label.endswith("reconstruct, 1,024 tokens, 75% of the text its own")
     assert own.tokens(2048) == (256, 768)

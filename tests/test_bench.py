@@ -112,11 +112,11 @@ def test_cache_size(tmp_path):
 def test_rotation_leaves_half_of_the_memory(monkeypatch):
     monkeypatch.setattr(measure, "cache_bytes", lambda: 100)
     monkeypatch.setattr(measure, "available_memory", lambda: 10_000)
-    assert bench.rotation_bytes(5) == 200
+    assert bench.rotation_bytes(5) == 400
     assert bench.rotation_bytes(50) == 100
     monkeypatch.setattr(measure, "cache_bytes", lambda: None)
     monkeypatch.setattr(measure, "available_memory", lambda: None)
-    assert bench.rotation_bytes(5) == 2 * bench.UNKNOWN_CACHE
+    assert bench.rotation_bytes(5) == 4 * bench.UNKNOWN_CACHE
 
 
 # ---- Linear layers ------------------------------------------------------------------------------------------

@@ -70,6 +70,14 @@ bool set_isa(std::string_view name) {
   return table != nullptr;
 }
 
+bool has_bfloat16() {
+#ifdef POTQAT_X86
+  return __builtin_cpu_supports("avx512bf16");  // AMX comes with it
+#else
+  return false;
+#endif
+}
+
 int64_t peak(std::string_view isa, int64_t rounds) {
   const KernelTable* table = find(isa);
   return table ? table->peak(rounds) : -1;

@@ -29,7 +29,7 @@ struct FreeRows {
 template <class T>
 using Rows = std::unique_ptr<T[], FreeRows>;
 
-// What the blocks read: activations padded with zeros to whole tiles of inputs and of rows.
+// What the blocks read: activations padded with zeros to whole tiles of inputs, and by rows (kRowPadding).
 struct Inputs {
   int64_t stride;              // inputs, padded
   Rows<int8_t> q;              // [rows, stride]; where a zero point needs sums of levels, row m is ones
@@ -38,7 +38,7 @@ struct Inputs {
   std::vector<float> scale;    // [rows] s_x; NaN for a row that holds NaN or infinity
   int32_t zero_point = 0;
   int64_t parts = 1;      // 2: row part_rows + r has what row r leaves
-  int64_t part_rows = 0;  // whole tiles, so that what is read beyond the last row is there
+  int64_t part_rows = 0;  // padded, so that what is read beyond the last row is there
 };
 
 // One token: x [k] -> q and its sums [groups], returns s_x.
@@ -63,9 +63,14 @@ float quantize_row(const Linear& a, const KernelTable& table, const float* x, in
   return scale;
 }
 
+int64_t padded(int64_t rows) {
+  const int64_t multiple = rows < kManyRows ? 2 : kRowPadding;
+  return (rows + multiple - 1) / multiple * multiple;
+}
+
 template <class T>
 Rows<T> padded_rows(int64_t rows, int64_t used, int64_t stride) {
-  const int64_t all = (rows + kRowPadding - 1) / kRowPadding * kRowPadding;
+  const int64_t all = padded(rows);
   Rows<T> data(static_cast<T*>(::operator new[](all * stride * sizeof(T), kCacheLine)));
   for (int64_t r = 0; r < rows; ++r) std::memset(data.get() + r * stride + used, 0, (stride - used) * sizeof(T));
   std::memset(data.get() + rows * stride, 0, (all - rows) * stride * sizeof(T));
@@ -78,7 +83,7 @@ Inputs prepare(const Linear& a, const KernelTable& table, int64_t groups, const 
   in.stride = ((a.k + kTileInputs - 1) / kTileInputs | 1) * kTileInputs;
   const bool quantized = a.activations != Activations::kFloat;
   in.parts = a.activations == Activations::kInt16 ? 2 : 1;
-  in.part_rows = in.parts > 1 ? (a.m + kRowPadding - 1) / kRowPadding * kRowPadding : 0;
+  in.part_rows = in.parts > 1 ? padded(a.m) : 0;
   const int64_t rows = (in.parts - 1) * in.part_rows + a.m + (a.activations == Activations::kStatic);
   in.zero_point = a.activations == Activations::kStatic ? a.input_zero_point : 0;
   in.scale.assign(rows, 1.0f);

@@ -50,7 +50,7 @@ class CalibrationText:
 
     def batches(self, dtype: torch.dtype, kept: Path) -> list[torch.Tensor]:
         """Token ids, int64 [B, T] each. What is to be written, the float model writes in ``dtype``, and in bfloat16
-        where the processor has tiles for it: that is twice as fast, and good enough for text.
+        where the processor has it: that is twice as fast, and good enough for text.
 
         Args:
             kept: file for what is written, where the same call finds it; the caller deletes it.
@@ -61,7 +61,7 @@ class CalibrationText:
         """
         if not self.to_write[0]:
             return self.file
-        if "amx" in cpu_info()["available"]:
+        if cpu_info()["bfloat16"]:
             dtype = torch.bfloat16
         call = json.dumps([self.source.identity(), str(dtype), *self.to_write, self.seed])
         if kept.exists():

@@ -26,7 +26,8 @@ Sample: TypeAlias = Callable[[int], tuple[int, float]]
 LEAST_SECONDS = 2e-3  # of a sample: the clock and the loop around short calls are then less than a percent
 CALIBRATION_SECONDS = 10e-3  # of a sample that starts Python threads
 # Before each sample, not timed: the threads of another library's pool stop spinning (libgomp's do after some 15 ms; at
-# two threads on two cores a sample taken before that is twice as long), and the weights come back into the caches.
+# two threads on two cores a sample taken before that is twice as long), and the weights come back into the caches. The
+# core is kept busy meanwhile: one that has slept takes up to a third longer at first.
 SETTLE_SECONDS, WARM_SECONDS = 50e-3, 3e-3
 LONG_SECONDS = 50e-3  # calls that take longer need no warming
 
@@ -54,7 +55,7 @@ def interleave(
     taken: dict[str, list[float]] = {name: [] for name in samples}
     for _ in range(rounds):
         for name, sample in samples.items():
-            time.sleep(SETTLE_SECONDS)
+            _settle()
             if calls is None and taken[name][-1:] < [LONG_SECONDS]:
                 _warm(sample, counts[name])
             made, seconds = sample(counts[name])
@@ -83,6 +84,12 @@ def _calls_for(sample: Sample, least: float) -> int:
         if seconds >= least:
             return count
         count = max(count + 1, min(8 * count, math.ceil(1.3 * least * made / max(seconds, 1e-9))))
+
+
+def _settle() -> None:
+    end = time.perf_counter() + SETTLE_SECONDS
+    while time.perf_counter() < end:
+        pass
 
 
 def _warm(sample: Sample, count: int) -> None:

@@ -11,7 +11,7 @@ constexpr int kWidth = 16 * kMaxColumns;  // elements from one row of acc or y t
 constexpr int kAvx512FewRows = 6;         // up to here its sums stay in registers
 constexpr int kManyRows = 8;              // from here on units with tiles use them
 constexpr int kGroupedInputs = 4096;      // in one call with several groups at most
-constexpr int kRowPadding = 16;           // q, x and acc have room for whole multiples of so many rows
+constexpr int kRowPadding = 16;           // of many rows q has room for whole multiples, of fewer for pairs
 
 // A block of the integer product: a run of lines (see potqat.h) of neighbouring columns of tiles, and rows of q.
 //   acc[r * kWidth + 16 * column + c] = sum over the run's inputs of level * q[r * q_stride + input], exact.
