@@ -204,13 +204,13 @@ def _kernels() -> list[str]:
         "",
         "One linear layer, microseconds, medians of 9 interleaved samples, 1 thread (`benchmarks/kernels.py`; float32 "
         "activations in and out, quantization included, bfloat16 in bfloat16; torch "
-        f"{_machine(zen)['torch']}, llama-cpp-python {versions['llama-cpp-python']}). What the machine can do at most "
+        f"{_kernels_machine(zen)['torch']}, llama-cpp-python {versions['llama-cpp-python']}). What the machine can do at most "
         "is in the last two columns: read bandwidth and the peak of the instruction set, measured beside each row. "
-        f"{_machine(zen)['cpu']} (Zen 4: AVX-512 with VNNI and VBMI, no AMX), idle otherwise:",
+        f"{_kernels_machine(zen)['cpu']} (Zen 4: AVX-512 with VNNI and VBMI, no AMX), idle otherwise:",
         "",
         *layers,
         "",
-        f"{_machine(xeon)['cpu']}, shared with others, so no row compares with another; measured before few rows in "
+        f"{_kernels_machine(xeon)['cpu']}, shared with others, so no row compares with another; measured before few rows in "
         "groups took one call (see CHANGELOG). llama.cpp runs its AMX kernels (GCC 12 must not drop stores in them, or "
         "they crash). " + _peers_isa([_report("kernels", isa) for isa in xeon]),
         "",
@@ -227,7 +227,7 @@ def _report(kind: str, name: str) -> dict:
     return json.loads((RESULTS / f"{kind}_{name}.json").read_text(encoding="utf-8"))
 
 
-def _machine(names: tuple[str, ...]) -> dict:
+def _kernels_machine(names: tuple[str, ...]) -> dict:
     return _report("kernels", names[0])["machine"]
 
 
