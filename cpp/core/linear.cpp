@@ -221,7 +221,8 @@ class Blocks {
   int64_t line_count(int64_t inputs) const { return (inputs + inputs_a_line() - 1) / inputs_a_line(); }
 
   void dot(int64_t group, int64_t groups, int64_t first, int64_t last, int64_t r0, int64_t count, Output output) {
-    const bool whole_tiles = first % kTileInputs == 0 && (last % kTileInputs == 0 || last == a_.k);
+    const bool whole_tiles = first % kTileInputs == 0 && (last % kTileInputs == 0 || last == a_.k) &&
+                             (groups == 1 || a_.q.group_size % kTileInputs == 0);
     const auto block = [&](int64_t row, int64_t m) {
       const int8_t* q = in_.q.get() + row * in_.stride + first;
       const int32_t* q_sum = in_.q_sum.data() + row * groups_ + group;

@@ -11,8 +11,8 @@
 namespace potqat {
 namespace {
 
-constexpr int kFewRows = kAvx512FewRows;  // x 4 sums, 4 operands and a broadcast fill the 32 registers
-constexpr int kPanelLines = 32;           // 16 KiB of looked-up operands
+constexpr int kFewRows = kAvx512FewRows / 2;  // x 4 sums, 4 operands and a broadcast fill the 32 registers
+constexpr int kPanelLines = 32;               // 16 KiB of looked-up operands
 constexpr int kPanelParts = 2 * kPanelLines;
 constexpr int kLinesAhead = 8;  // prefetched into the first-level cache while few rows are multiplied
 
@@ -169,12 +169,21 @@ void many_rows(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32
   }
 }
 
+// In two passes beyond kFewRows: looking levels up twice is less work than a panel's way through memory.
 template <class Decoder>
-void dot_few(const Decoder& decoder, const Dot& d, const Output& output) {
-  with_rows(d.m, [&]<int ROWS>() {
-    if (d.columns == kMaxColumns) return few_rows<ROWS, kMaxColumns>(decoder, d, output, 0);
-    for (int c = 0; c < d.columns; ++c) few_rows<ROWS, 1>(decoder, d, output, c);
-  });
+void dot_few(const Decoder& decoder, Dot d, Output output) {
+  const int64_t all = d.m, pass = all > kFewRows ? (all + 1) / 2 : all;
+  for (int64_t row = 0; row < all; row += pass) {
+    d.m = all - row < pass ? all - row : pass;
+    with_rows(d.m, [&]<int ROWS>() {
+      if (d.columns == kMaxColumns) return few_rows<ROWS, kMaxColumns>(decoder, d, output, 0);
+      for (int c = 0; c < d.columns; ++c) few_rows<ROWS, 1>(decoder, d, output, c);
+    });
+    d.q += d.m * d.q_stride;
+    d.q_sum += d.m * d.q_sum_stride;
+    output.s_x += d.m;
+    output.y += d.m * output.y_stride;
+  }
 }
 
 template <class Decoder>
@@ -193,7 +202,7 @@ void dot_many(const Decoder& decoder, const Dot& d, const Output& output) {
 
 template <class Decoder>
 void dot_with(const Decoder& decoder, const Dot& d, const Output& output) {
-  d.m > kFewRows ? dot_many(decoder, d, output) : dot_few(decoder, d, output);
+  d.m > kAvx512FewRows ? dot_many(decoder, d, output) : dot_few(decoder, d, output);
 }
 
 void dot(const Dot& d, const Output& output) {

@@ -8,7 +8,7 @@ namespace potqat {
 constexpr int kMaxRows = 512;             // rows of activations in one call at most
 constexpr int kMaxColumns = 4;            // columns of tiles (16 outputs each) in one call at most
 constexpr int kWidth = 16 * kMaxColumns;  // elements from one row of acc or y to the next
-constexpr int kAvx512FewRows = 6;         // up to here its sums stay in registers
+constexpr int kAvx512FewRows = 12;        // up to here its sums stay in registers, in two passes
 constexpr int kManyRows = 8;              // from here on units with tiles use them
 constexpr int kGroupedInputs = 4096;      // in one call with several groups at most
 constexpr int kRowPadding = 16;           // of many rows q has room for whole multiples, of fewer for pairs
@@ -21,7 +21,7 @@ struct Dot {
   int64_t column_bytes;  // from one column of tiles to the next
   int columns;           // 1 .. kMaxColumns
   int64_t line_count;    // of 8 inputs, or 4 for int8
-  bool whole_tiles;      // the run starts at a tile, and what follows it in its last tile is zero
+  bool whole_tiles;      // the run and its groups start at tiles, and what follows in its last tile is zero
   const int8_t* levels;  // signed value of each nibble; null: the codes are int8 levels themselves
   const int8_t* q;       // first input of the run
   int64_t q_stride;
