@@ -192,11 +192,11 @@ def test_bfloat16_and_checkpointing_train(at, run, tmp_path, more, tolerance):
 
 
 def test_a_killed_run_goes_on_to_the_same_losses(at, tmp_path):
-    """kill -9 in calibration and again in training; a calibrated start is not calibrated again, and losses are those
-    of a run from that start in one go."""
+    """kill -9 in float steps, in calibration and again in training; a calibrated start is not calibrated again, and
+    losses are those of a run from that start in one go."""
     out, once = tmp_path / "killed", tmp_path / "once"
-    arguments = command(at, "llama", out, "--loss=ce", "--control")
-    for begun in ("calibration/work.txt", "qat.pt"):
+    arguments = command(at, "llama", out, "--loss=ce", "--control", "--float-steps=2")
+    for begun in ("float.pt", "calibration/work.txt", "qat.pt"):
         process = subprocess.Popen(
             [sys.executable, "-m", "potqat", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -213,8 +213,26 @@ def test_a_killed_run_goes_on_to_the_same_losses(at, tmp_path):
     assert not (out / "state" / "calibration").exists()
     (once / "state").mkdir(parents=True)
     shutil.copy(out / "state" / "start.pt", once / "state")
-    assert main(command(at, "llama", once, "--loss=ce", "--control")) == 0
+    assert main(command(at, "llama", once, "--loss=ce", "--control", "--float-steps=2")) == 0
     assert outcome(once) == outcome(out)
+
+
+# ---- Float steps --------------------------------------------------------------------------------------------
+
+
+def test_float_steps_come_first_and_count(at, run, tmp_path):
+    """Float steps see the windows of the control's first ones, and what they give is what is calibrated."""
+    out = tmp_path / "run"
+    assert main(command(at, "llama", out, "--loss=ce", "--control", "--float-steps=2", "--warmup=0")) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    iterations = {name: [point["iteration"] for point in curve] for name, curve in metrics["curves"].items()}
+    assert iterations == {"float": [0, 2], "qat": [2, 4, 6], "control": [0, 2, 4, 6]}
+    assert {name: len(losses) for name, losses in metrics["losses"].items()} == {"float": 2, "qat": 4, "control": 6}
+    assert metrics["losses"]["float"][0] == metrics["losses"]["control"][0]
+    start = torch.load(out / "state" / "start.pt", weights_only=True)["model"]
+    trained = torch.load(out / "state" / "float.pt", weights_only=True)["model"]
+    assert torch.equal(start["model.norm.weight"], trained["model.norm.weight"])
+    assert not torch.equal(trained["model.norm.weight"], sources.load(sources.find(str(at.llama))).model.norm.weight)
 
 
 def test_a_run_with_other_settings_is_refused(at, run, capsys):
@@ -300,7 +318,7 @@ def test_kl_divergence_and_its_gradient_in_parts_are_those_of_the_whole(dtype):
 def test_the_papers_preset_is_their_protocol():
     papers = PRESETS["papers"]
     assert (papers.loss, papers.context, papers.batch, papers.accumulate) == ("last", 64, 12, 32)
-    phase = papers.phase("qat")
+    phase = papers.quantized_phase("qat")
     assert {phase.learning_rate_at(i) for i in range(papers.steps + 1)} == {0.5e-5}
 
 
@@ -312,6 +330,8 @@ def test_the_papers_preset_is_their_protocol():
     [
         (["--loss=kl", "--control"], 1, "a float control of KL training is the float model itself"),
         (["--loss=ce", "--parts=scales", "--control"], 1, "a float control has no scales to train"),
+        (["--loss=kl", "--float-steps=2"], 1, "float steps need loss ce or last"),
+        (["--float-steps=6"], 2, "float_steps must be from 0 to below the 6 steps, got 6"),
         (["--context=400"], 1, "context 400 is more than the 64 tokens this model takes"),
         (["--warmup=1"], 2, "warmup must be a share of the steps, from 0 to below 1, got 1.0"),
         (["--batch=0"], 2, "batch must be at least 1, got 0"),

@@ -3,7 +3,8 @@ bottom.
 
 The text's tokens are split by position: training and calibration see the first part, every figure is of the held-out
 end. At the end the model is packed, written, read back, and measured on the kernels it will run on, beside the float
-model and, where asked for, beside a float control: the same model trained in float on the same windows.
+model and, where asked for, beside a float control: the same model trained in float on the same windows. Some of the
+first steps can be in float, too.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ import potqat
 from potqat.flows import calibration_text, evaluate, losses, quantize, results, sources, training_plot
 from potqat.flows.recipe import Recipe
 from potqat.flows.text import tokenize
-from potqat.flows.trainer import Trained, stop_on_interrupt, train
+from potqat.flows.trainer import Phase, Trained, stop_on_interrupt, train
 from potqat.models.gpt import GPT, GPTConfig
 from potqat.plan import check_packable, plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-QAT, CONTROL = "qat", "control"  # the two phases, as names of states and curves
+FLOAT, QAT, CONTROL = "float", "qat", "control"  # phases, as names of states and curves
 CURVE_TOKENS = 4096  # held-out tokens of a point of the curves, at most
 MEASURED_TOKENS = 32768  # held-out tokens of the final figures, at most
 
@@ -110,19 +111,19 @@ def run(
     results.open_run(out, settings | {"potqat": potqat.__version__})
 
     teacher = _without_dropout(sources.load(source))
-    student, report = _start(teacher, cfg, recipe, data, out / "state")
-    models = {QAT: student} | ({CONTROL: copy.deepcopy(teacher)} if control else {})
+    fit = partial(_fit, teacher, data, recipe, out / "state")
     trained: dict[str, Trained] = {}
-    progress = partial(tqdm, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5.0)
-    with stop_on_interrupt() as stop, progress(total=len(models) * recipe.steps, unit="step") as bar:
-        for name, model in models.items():
-            choose_parts(model, recipe.parts)
-            if recipe.checkpointing:
-                _enable_checkpointing(model)
-            trained[name] = train(
-                model, recipe.phase(name), _batches(data, recipe), losses.make(recipe, teacher),
-                _point(teacher, data, recipe), out / "state" / f"{name}.pt", bar, stop,
-            )  # fmt: skip
+    begin = teacher
+    if recipe.float_steps:
+        begin = copy.deepcopy(teacher)
+        trained |= fit({FLOAT: begin}, [recipe.float_phase(FLOAT, recipe.float_steps)])
+    student, report = _start(begin.eval(), cfg, recipe, data, out / "state")
+    del begin
+    models, phases = {QAT: student}, [recipe.quantized_phase(QAT)]
+    if control:
+        models[CONTROL] = copy.deepcopy(teacher)
+        phases.append(recipe.float_phase(CONTROL, recipe.steps))
+    trained |= fit(models, phases)
 
     packed, size = _packed(student, tokenizer, out / "packed")
     models[QAT] = packed
@@ -158,6 +159,11 @@ def _check(source: sources.Source, cfg: potqat.PoTConfig, recipe: Recipe, contro
         )
     if control and recipe.parts == "scales":
         raise ValueError("a float control has no scales to train; leave it out, or train other parts")
+    if recipe.float_steps and (recipe.loss == "kl" or recipe.parts == "scales"):
+        raise ValueError(
+            "a float model has no scales to train, and no KL from itself to lower: float steps need loss ce or last, "
+            "and other parts than scales"
+        )
 
 
 def _without_dropout(model: nn.Module) -> nn.Module:
@@ -172,6 +178,24 @@ def _without_dropout(model: nn.Module) -> nn.Module:
 
 
 # ---- Training -----------------------------------------------------------------------------------------------
+
+
+def _fit(
+    teacher: nn.Module, data: Data, recipe: Recipe, state: Path, models: dict[str, nn.Module], phases: list[Phase]
+) -> dict[str, Trained]:
+    """Train one model after the other, under one progress bar."""
+    progress = partial(tqdm, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 5.0)
+    trained: dict[str, Trained] = {}
+    with stop_on_interrupt() as stop, progress(total=sum(p.iterations for p in phases), unit="step") as bar:
+        for (name, model), phase in zip(models.items(), phases, strict=True):
+            choose_parts(model, recipe.parts)
+            if recipe.checkpointing:
+                _enable_checkpointing(model)
+            trained[name] = train(
+                model, phase, _batches(data, recipe, phase.start), losses.make(recipe, teacher),
+                _point(teacher, data, recipe), state / f"{name}.pt", bar, stop,
+            )  # fmt: skip
+    return trained
 
 
 def _start(
@@ -224,13 +248,14 @@ def choose_parts(model: nn.Module, parts: str) -> None:
         raise ValueError(f"{type(model).__name__} has no parameters of the parts {parts!r}; train others")
 
 
-def _batches(data: Data, recipe: Recipe) -> Callable[[int], list[torch.Tensor]]:
-    """Step -> ``accumulate`` batches of windows at random places, int64 [batch, context + 1]."""
+def _batches(data: Data, recipe: Recipe, first: int) -> Callable[[int], list[torch.Tensor]]:
+    """Step, counted from ``first`` -> ``accumulate`` batches of windows at random places, int64 [batch, context + 1].
+    The windows of a step are the same in every phase."""
     generator = torch.Generator().manual_seed(recipe.seed)
     starts = torch.randint(
         len(data.train) - recipe.context, (recipe.steps, recipe.accumulate, recipe.batch, 1), generator=generator
     )
-    return lambda step: list(data.train[starts[step] + torch.arange(recipe.context + 1)])
+    return lambda step: list(data.train[starts[first + step] + torch.arange(recipe.context + 1)])
 
 
 def _point(teacher: nn.Module, data: Data, recipe: Recipe) -> Callable[[nn.Module], dict[str, float]]:

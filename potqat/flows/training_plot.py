@@ -7,7 +7,11 @@ from typing import Any
 
 from potqat.flows.results import save_figure
 
-STYLES = {"qat": ("tab:blue", "quantized"), "control": ("black", "float control")}
+STYLES = {
+    "float": ("tab:orange", "first in float"),
+    "qat": ("tab:blue", "quantized"),
+    "control": ("black", "float control"),
+}
 
 
 def plot(path: Path, metrics: dict[str, Any]) -> None:
@@ -25,8 +29,10 @@ def plot(path: Path, metrics: dict[str, Any]) -> None:
             x = [point["iteration"] for point in curve]
             axis.plot(x, [point[key] for point in curve], color=color, lw=1.6, label=f"{label}, in training")
         end = found["qat"]["loss"] if key == "val" else found["qat"]["reference"]["kl"]
-        axis.plot(x[-1], end, color=STYLES["qat"][0], marker="D", ms=6, mec="white", ls="none", zorder=5,
-                  clip_on=False, label=f"packed, {found['qat']['scored']:,} tokens")  # fmt: skip
+        axis.plot(
+            metrics["recipe"]["steps"], end, color=STYLES["qat"][0], marker="D", ms=6, mec="white", ls="none",
+            zorder=5, clip_on=False, label=f"packed, {found['qat']['scored']:,} tokens",
+        )  # fmt: skip
         if key == "val":
             axis.axhline(found["qat"]["reference"]["loss"], color="0.5", lw=1, ls="--", label="float, before")
         axis.set_title(title)
