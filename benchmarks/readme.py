@@ -199,27 +199,27 @@ LLAMA = "llama.cpp Q4_0"
 def _kernels() -> list[str]:
     zen, xeon = ("zen4_avx512vbmi",), ("amx", "avx512vnni", "avx512vbmi")
     layers, held = _layers(zen, "CPU_REPACK"), _layers(xeon, "AMX")
-    versions = _report("kernels", zen[0])["versions"]
+    epyc, intel = (_report("kernels", names[0]) for names in (zen, xeon))
     return [
         "",
-        "One linear layer, microseconds, medians of 9 interleaved samples, 1 thread (`benchmarks/kernels.py`; float32 "
-        "activations in and out, quantization included, bfloat16 in bfloat16; torch "
-        f"{_kernels_machine(zen)['torch']}, llama-cpp-python {versions['llama-cpp-python']}). What the machine can do at most "
-        "is in the last two columns: read bandwidth and the peak of the instruction set, measured beside each row. "
-        f"{_kernels_machine(zen)['cpu']} (Zen 4: AVX-512 with VNNI and VBMI, no AMX), idle otherwise:",
+        "One linear layer, microseconds, medians of 9 interleaved samples, 1 thread (`benchmarks/kernels.py`; "
+        "float32 activations in and out, quantization included, bfloat16 in bfloat16; torch "
+        f"{epyc['machine']['torch']}, llama-cpp-python {epyc['versions']['llama-cpp-python']}). What the machine "
+        "can do at most is in the last two columns: read bandwidth and the peak of the instruction set, measured "
+        f"beside each row. {epyc['machine']['cpu']} (Zen 4: AVX-512 with VNNI and VBMI, no AMX), idle otherwise:",
         "",
         *layers,
         "",
-        f"{_kernels_machine(xeon)['cpu']}, shared with others, so no row compares with another; measured before few rows in "
+        f"{intel['machine']['cpu']}, shared with others, so no row compares with another; measured before few rows in "
         "groups took one call (see CHANGELOG). llama.cpp runs its AMX kernels (GCC 12 must not drop stores in them, or "
         "they crash). " + _peers_isa([_report("kernels", isa) for isa in xeon]),
         "",
         *held,
         "",
-        f"Rotated: through copies of the weight of {_rotated(zen)} MB in all, {_rotated(xeon)} on the Xeon, so that no "
-        "cache holds them. int8 is activation quantization, `torch._int_mm` and two scales; dynamic int8 is PyTorch's "
-        "quantized Linear. All but llama.cpp's times include a call from Python; what was not measured is empty. All "
-        "peers, and roofs: `benchmarks/results/`.",
+        f"Rotated: through copies of the weight of {_rotated(epyc)} MB in all, {_rotated(intel)} on the Xeon, so "
+        "that no cache holds them. int8 is activation quantization, `torch._int_mm` and two scales; dynamic int8 "
+        "is PyTorch's quantized Linear. All but llama.cpp's times include a call from Python; what was not "
+        "measured is empty. All peers, and roofs: `benchmarks/results/`.",
     ]
 
 
@@ -227,13 +227,8 @@ def _report(kind: str, name: str) -> dict:
     return json.loads((RESULTS / f"{kind}_{name}.json").read_text(encoding="utf-8"))
 
 
-def _kernels_machine(names: tuple[str, ...]) -> dict:
-    return _report("kernels", names[0])["machine"]
-
-
-def _rotated(names: tuple[str, ...]) -> str:
-    calibration = _report("kernels", names[0])["calibration"]
-    return f"{max(c['read_bytes'] for c in calibration if c['residency'] == 'rotated') / 1e6:,.0f}"
+def _rotated(report: dict) -> str:
+    return f"{max(c['read_bytes'] for c in report['calibration'] if c['residency'] == 'rotated') / 1e6:,.0f}"
 
 
 def _layers(names: tuple[str, ...], llama_place: str) -> list[str]:
