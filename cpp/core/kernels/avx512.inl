@@ -5,8 +5,9 @@
 // It wants its first operand unsigned, so levels are biased by 64 (bytes by 128) and the bias times the sum of the
 // activations is taken off; sums wrap modulo 2^32, so this is exact.
 //
-// Few rows: the weights are read once, looked up and used, four columns of tiles at a time so that enough sums are
-// under way. More rows: a panel of lines is looked up once, kept in the first-level cache, and used for all rows.
+// Few rows: the weights are read once (of 7 to 12 rows twice), looked up and used, four columns of tiles at a time so
+// that enough sums are under way. More rows: a panel of lines is looked up once, kept in the first-level cache, and
+// used for all rows.
 
 namespace potqat {
 namespace {
