@@ -17,7 +17,7 @@ from torch import nn
 from potqat.models import aot
 from potqat.models.gpt import GPT, KVCache
 
-SLOTS = 64  # a decoder reads whole multiples of so many slots of its cache
+SLOTS = 16  # a decoder reads whole multiples of so many slots of its cache: those behind are read for nothing
 
 
 class Decoder:
