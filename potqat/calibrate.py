@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from potqat.modules import kind_of, put
 
+MOMENT_TOKENS = 65536  # tokens that moments are taken of, at most: of longer data every 2nd batch, or 3rd, ...
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -26,7 +28,8 @@ class Inputs:
 
     Attributes:
         names: of the layers, in the order of their calls.
-        moment: mean of x x^T over the inputs x [K], float64 [K, K]; zeros if no input came.
+        moment: mean of x x^T over the inputs x [K], float64 [K, K]; zeros if no input came. Of data longer than
+            MOMENT_TOKENS a part is enough.
         drift: mean of (x' - x) x^T, where x' is what the float model has in the place of x, float64 [K, K].
         count: number of inputs.
     """
@@ -145,6 +148,8 @@ class _Chain:
     def __init__(self, model: nn.Module, batches: Sequence[torch.Tensor], floats: Mapping[str, nn.Module]):
         self.model, self.batches, self.floats = model, batches, floats
         self.options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        tokens = sum(ids.numel() for ids in batches)
+        self._sampled = range(0, len(batches), -(-tokens // MOMENT_TOKENS))  # batches that moments are taken of
         self.hidden: list[torch.Tensor | None] = [None] * len(batches)
         self.hidden_float = list(self.hidden)
         self._float_outputs: dict[int, torch.Tensor | None] = {}  # of the block that runs, by batch
@@ -278,18 +283,18 @@ class _Chain:
         the blocks; their number: what comes after)."""
         groups = self._groups([n for n in names if self.model.get_submodule(n) is self.floats[n]], at)
         with self._float(names):
-            floats = [self._float_seen(groups, at, b) for b in range(len(self.batches))]
+            floats = {b: self._float_seen(groups, at, b) for b in self._sampled}
         for group, calls in groups:
             weight = self.floats[group[0]].weight
             k = weight.shape[0 if kind_of(self.floats[group[0]]) == "conv1d" else 1]
             moment, drift, count = torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, k, dtype=torch.float64), 0
-            for b, ids in enumerate(self.batches):
+            for b in self._sampled:
                 now, float_ = self._seen(group, calls, at, b, self.hidden), floats[b].pop(group[0])
                 for i, x in enumerate(now):
                     moment += x.t() @ x
                     count += len(x)
                     # A layer that sees some of the tokens only, as an expert does, may see others in the float model.
-                    if len(x) == ids.numel() and i < len(float_):
+                    if len(x) == self.batches[b].numel() and i < len(float_):
                         drift += (float_[i] - x).t() @ x
             yield Inputs(group, moment.div_(max(1, count)), drift.div_(max(1, count)), count)
 

@@ -175,6 +175,24 @@ def test_memory_does_not_grow_with_depth():
     assert deep <= shallow
 
 
+def test_of_long_data_moments_are_those_of_a_part_and_blocks_still_run_on_all(monkeypatch):
+    data, ran = batches(6, b=2), []
+
+    def found(batches):
+        model = make("own")
+        walk = calibrate.walk(
+            model, batches, linears(model), after=lambda name, run, targets: ran.append((len(run), len(targets)))
+        )
+        return [(inputs.count, inputs.moment) for inputs in walk]
+
+    expected = found(data[::3])
+    monkeypatch.setattr(calibrate, "MOMENT_TOKENS", sum(ids.numel() for ids in data) // 3)
+    got = found(data)
+    assert [count for count, _ in got] == [2 * 2 * CONTEXT] * len(expected)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(got, expected, strict=True))
+    assert ran == [(2 * 2, 2 * 2)] * 2 + [(6 * 2, 6 * 2)] * 2
+
+
 def test_layers_outside_the_blocks_and_layers_that_nothing_reaches():
     class Model(nn.Module):
         def __init__(self):
