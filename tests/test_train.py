@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import potqat
-from potqat import PoTConfig
+from potqat import PoTConfig, calibrate
 from potqat.cli import main
 from potqat.flows import evaluate, losses, sources, training
 from potqat.flows.recipe import LOSSES, PARTS, PRESETS, QUANTIZER, Recipe
@@ -215,6 +215,20 @@ def test_a_killed_run_goes_on_to_the_same_losses(at, tmp_path):
     shutil.copy(out / "state" / "start.pt", once / "state")
     assert main(command(at, "llama", once, "--loss=ce", "--control", "--float-steps=2")) == 0
     assert outcome(once) == outcome(out)
+
+
+def test_a_run_stopped_in_calibration_says_how_to_go_on(at, tmp_path, monkeypatch, capsys):
+    walk = calibrate.walk
+
+    def interrupted(*arguments):
+        for inputs in walk(*arguments):
+            signal.raise_signal(signal.SIGINT)
+            yield inputs
+
+    monkeypatch.setattr(calibrate, "walk", interrupted)
+    assert main(command(at, "llama", tmp_path / "run")) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"potqat: stopped; the state is in {tmp_path / 'run'}: run the same command again to go on"
 
 
 # ---- Float steps --------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def _run(arguments: argparse.Namespace) -> int:
         metrics = training.run(source, cfg, chosen, data, arguments.out, tokenizer, control=arguments.control)
     except (Interrupted, KeyboardInterrupt) as stop:
         raise Stopped(
-            f"{stop or 'stopped'}; the state is in {arguments.out}: run the same command again to go on"
+            f"{str(stop) or 'stopped'}; the state is in {arguments.out}: run the same command again to go on"
         ) from None
     print(json.dumps(metrics) if arguments.json else _shown(metrics, arguments.out))
     return 0
