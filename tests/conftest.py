@@ -52,6 +52,50 @@ def small_gpt():
     return make
 
 
+@pytest.fixture(scope="module")
+def command_settings():
+    """One thread, and transformers as it was: the command line silences it."""
+    transformers = pytest.importorskip("transformers", reason="needs potqat[hf]")
+    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer():
+    """Makes a tokenizer of ``vocabulary`` symbols, of a text."""
+    transformers = pytest.importorskip("transformers", reason="needs potqat[hf]")
+    from tokenizers import ByteLevelBPETokenizer
+
+    def make(text, vocabulary):
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator([text], vocab_size=vocabulary, special_tokens=["<s>"], show_progress=False)
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="<s>")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_llama(bpe_tokenizer):
+    """Writes a Llama of two layers, whose head is not tied, and a tokenizer of a text to a folder."""
+    transformers = pytest.importorskip("transformers", reason="needs potqat[hf]")
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+
+    def write(folder, text):
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        bpe_tokenizer(text, config.vocab_size).save_pretrained(folder)
+        return folder
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def data():
     """The folder of public texts that the slow tests read; they are not ours to ship."""

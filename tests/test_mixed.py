@@ -25,21 +25,10 @@ LAYERS = 2 * 7 + 1
 
 
 @pytest.fixture(scope="module")
-def at(tmp_path_factory):
+def at(tmp_path_factory, small_llama):
     """A folder with a small Llama, its tokenizer and a text."""
-    from tokenizers import ByteLevelBPETokenizer
-
     root = tmp_path_factory.mktemp("mixed")
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([WORDS], vocab_size=300, special_tokens=["<s>"], show_progress=False)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="<s>")
-    config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, initializer_range=0.2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(root / "float")
-    tokenizer.save_pretrained(root / "float")
+    small_llama(root / "float", WORDS)
     (root / "words.txt").write_text(WORDS)
     return root
 

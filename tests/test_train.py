@@ -23,22 +23,12 @@ from potqat.flows.recipe import LOSSES, PARTS, PRESETS, QUANTIZER, Recipe
 from potqat.models.gpt import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers", reason="needs potqat[hf]")
+pytestmark = pytest.mark.usefixtures("command_settings")
 
 WORDS = "".join(f"The number {i} times {i} is {i * i}, and so it goes on from {i % 7}.\n" for i in range(160))
 VOCABULARY = 300
 TINY = ["--context=16", "--batch=2", "--accumulate=2", "--steps=6", "--evaluate-every=2"]
 TINY += ["--calibration-tokens=256", "--threads=1", "--learning-rate=1e-3"]
-
-
-@pytest.fixture(autouse=True)
-def _settings():
-    """One thread, and transformers as it was: the command line silences it."""
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
 
 
 def llama_config(**changes):
@@ -56,13 +46,9 @@ def gpt2_config():
 
 
 @pytest.fixture(scope="module")
-def at(tmp_path_factory):
+def at(tmp_path_factory, bpe_tokenizer):
     """A text, and float models of three kinds."""
-    from tokenizers import ByteLevelBPETokenizer
-
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([WORDS], vocab_size=VOCABULARY, special_tokens=["<s>"], show_progress=False)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="<s>")
+    tokenizer = bpe_tokenizer(WORDS, VOCABULARY)
     root = tmp_path_factory.mktemp("train")
     at = SimpleNamespace(root=root, text=root / "words.txt", nanogpt=root / "ckpt.pt", tokenizer=tokenizer)
     at.text.write_text(WORDS)

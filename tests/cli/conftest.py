@@ -9,42 +9,27 @@ from potqat.models.gpt import GPT, GPTConfig
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _settings():
-    """One thread, and transformers as it was: the command line silences it."""
-    from command import transformers
-
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
+def _settings(command_settings):
+    pass
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    from command import VOCABULARY, WORDS, transformers
-    from tokenizers import ByteLevelBPETokenizer
+def tokenizer(bpe_tokenizer):
+    from command import VOCABULARY, WORDS
 
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([WORDS], vocab_size=VOCABULARY, special_tokens=["<s>"], show_progress=False)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="<s>")
+    return bpe_tokenizer(WORDS, VOCABULARY)
 
 
 @pytest.fixture(scope="module")
-def at(tmp_path_factory, tokenizer):
+def at(tmp_path_factory, tokenizer, small_llama):
     """Files and folders by name: the float models, and their packed ones, made by the command."""
-    from command import CONTEXT, KINDS, VOCABULARY, WORDS, good, gpt2_config, named_tokenizer, save_hf, transformers
+    from command import CONTEXT, KINDS, WORDS, good, gpt2_config, named_tokenizer, save_hf
 
     root = tmp_path_factory.mktemp("a place")  # with a space in it
     at = SimpleNamespace(root=root, text=root / "words.txt")
     at.text.write_text(WORDS)
     at.gpt2 = save_hf(gpt2_config(), root / "gpt2", tokenizer)
-    llama = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=CONTEXT, bos_token_id=0, eos_token_id=0, initializer_range=0.2,
-    )  # fmt: skip
-    at.llama = save_hf(llama, root / "llama", tokenizer)
+    at.llama = small_llama(root / "llama", WORDS)
     at.mute = save_hf(gpt2_config(), root / "mute")
     at.half = save_hf(gpt2_config(), root / "half", tokenizer, torch.bfloat16)
     at.nanogpt = root / "ckpt.pt"
