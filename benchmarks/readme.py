@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from potqat.config import GRIDS
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results: written by benchmarks/readme.py -->", "<!-- /results -->"
@@ -82,6 +84,12 @@ def _machine(arm: dict) -> str:
     return f"{arm['machine']['cpu']}, {arm['machine']['isa']}"
 
 
+def _place(arm: dict) -> tuple[int, float, float]:
+    """By the grid that it is named after, if any, then by size, then from worst to best."""
+    named = next((i for i, grid in enumerate(GRIDS) if f"`{grid}`" in arm["label"]), len(GRIDS))
+    return named, round(arm["bytes_per_weight"], 3), -arm["texts"][0]["reference"]["perplexity_ratio"]
+
+
 def _accuracy() -> list[str]:
     report = json.loads((RESULTS / "accuracy.json").read_text(encoding="utf-8"))
     settings, arms = report["settings"], report["arms"]
@@ -103,7 +111,7 @@ def _accuracy() -> list[str]:
     ]
     floats = " | ".join(f"1, perplexity {text['reference']['perplexity']:.2f} | | " for text in first["texts"])
     lines.append(f"| float32 | {first['float32_bytes'] / 1e6:.1f} | 4 | {floats} |")
-    for arm in arms.values():
+    for arm in sorted(arms.values(), key=_place):
         cells = [arm["label"], f"{arm['bytes'] / 1e6:.1f}", f"{arm['bytes_per_weight']:.3f}"]
         for text in arm["texts"]:
             for key, form in (("perplexity_ratio", ".3f"), ("kl", ".3f"), ("top1_agreement", ".1%")):
