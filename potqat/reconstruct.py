@@ -21,7 +21,8 @@ from potqat.fake_quant import PoTFakeQuantize
 from potqat.modules import PackedLinear
 from potqat.plan import Site
 
-EPOCHS = 4  # times that each row of the calibration data is seen
+EPOCHS = 4  # times that each row of the calibration data is seen, but of long data
+SEEN = 524_288  # only so many tokens in all, as near as whole epochs come
 STEP = 1024  # tokens of a step, as near as whole rows come
 RATE = 1e-2  # AdamW's step, of the root mean square of a layer's weights
 SCALE_RATE = 1e-3  # that of log2 of the scales
@@ -68,7 +69,7 @@ def _twin(site: Site, packed: PackedLinear) -> nn.Module:
 
 
 def _train(twins: list[nn.Module], run: Rows, targets: Sequence[torch.Tensor]) -> None:
-    at_once = _at_once(targets)
+    at_once, epochs = _at_once(targets), _epochs(targets)
     groups = [{"params": [twin.weight]} for twin in twins]
     rates = [RATE * twin.weight.detach().square().mean().sqrt().item() for twin in twins]
     groups.append({"params": [twin.weight_fake_quant.log2_scale for twin in twins]})
@@ -76,12 +77,12 @@ def _train(twins: list[nn.Module], run: Rows, targets: Sequence[torch.Tensor]) -
     trained = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rates, total_steps=EPOCHS * -(-len(run) // at_once), pct_start=WARMUP, cycle_momentum=False
+        optimizer, rates, total_steps=epochs * -(-len(run) // at_once), pct_start=WARMUP, cycle_momentum=False
     )
     # bfloat16 is enough for a straight-through gradient; where it is native it takes half of the time or a little more.
     halves = cpu_info()["bfloat16"]
     generator = torch.Generator().manual_seed(0)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for rows in torch.randperm(len(run), generator=generator).split(at_once):
             optimizer.zero_grad()
             for part in _of_one_length(rows.tolist(), targets):
@@ -95,6 +96,10 @@ def _train(twins: list[nn.Module], run: Rows, targets: Sequence[torch.Tensor]) -
 def _at_once(targets: Sequence[torch.Tensor]) -> int:
     """Rows of a step."""
     return max(1, STEP // targets[0].shape[1])
+
+
+def _epochs(targets: Sequence[torch.Tensor]) -> int:
+    return min(EPOCHS, max(1, round(SEEN / sum(target.shape[1] for target in targets))))
 
 
 def _of_one_length(rows: list[int], targets: Sequence[torch.Tensor]) -> Iterator[list[int]]:

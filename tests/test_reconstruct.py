@@ -70,6 +70,15 @@ def test_blocks_return_what_the_float_ones_do_more_nearly_than_after_error_compe
     assert all(e.block_error < e.block_error_before for e in report.entries if e.block_error is not None)
 
 
+@pytest.mark.parametrize(("tokens_in_all", "times"), [(100, 4), (4, 4), (1.9, 2), (0.1, 1)])
+def test_long_data_is_seen_fewer_times(tokens_in_all, times, monkeypatch):
+    model, data, trained = make("own"), batches(2, b=2), []
+    monkeypatch.setattr(reconstruct, "SEEN", tokens_in_all * sum(ids.numel() for ids in data))
+    blocks_of(model)[0].register_forward_hook(lambda *_: trained.append(torch.is_grad_enabled()))
+    potqat.quantize_(model, CFG, calibration=data)
+    assert sum(trained) == times * sum(len(ids) for ids in data)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_codes_and_scales_change(kind):
     model = make(kind)
