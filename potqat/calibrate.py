@@ -19,17 +19,18 @@ from tqdm import tqdm
 
 from potqat.modules import kind_of, put
 
-MOMENT_TOKENS = 65536  # tokens that moments are taken of, at most: of longer data every 2nd batch, or 3rd, ...
+MOMENT_TOKENS = 65536  # tokens that moments are taken of: of longer data they are of every 2nd batch, or 3rd, ...
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Linear layers with the same inputs, and what is known of these.
 
+    Of data longer than MOMENT_TOKENS, whole batches from all over it stand for the rest.
+
     Attributes:
         names: of the layers, in the order of their calls.
-        moment: mean of x x^T over the inputs x [K], float64 [K, K]; zeros if no input came. Of data longer than
-            MOMENT_TOKENS a part is enough.
+        moment: mean of x x^T over the inputs x [K], float64 [K, K]; zeros if no input came.
         drift: mean of (x' - x) x^T, where x' is what the float model has in the place of x, float64 [K, K].
         count: number of inputs.
     """
