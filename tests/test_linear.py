@@ -45,8 +45,8 @@ def oracle(x, packed, scale, bias, cfg, n, *, s_x=None, zero_point=0):
 @pytest.mark.parametrize("activations", ["int8", "int16"])
 def test_integer_linear_is_exact(isa, grid, granularity, activations):
     cfg = PoTConfig(grid=grid, granularity=granularity, activations=activations)
-    for m, n, k in [(1, 16, 64), (1, 50, 100), (2, 17, 65), (3, 7, 1), (5, 33, 129), (9, 16, 192), (13, 1, 257),
-                    (64, 20, 96), (65, 31, 70), (131, 48, 128)]:  # fmt: skip
+    for m, n, k in [(1, 16, 64), (1, 50, 100), (2, 17, 65), (3, 7, 1), (4, 70, 160), (5, 33, 129), (6, 18, 96),
+                    (9, 16, 192), (13, 1, 257), (64, 20, 96), (65, 31, 70), (131, 48, 128)]:  # fmt: skip
         packed, scale = make(n, k, cfg)
         x, bias = torch.randn(m, k) * 3, torch.randn(n)
         for b in (None, bias):
@@ -102,21 +102,23 @@ def test_activations_at_and_beside_halves_round_as_the_quotient(isa):
         assert torch.equal(ours, oracle(x, packed, scale, None, cfg, k, s_x=s_x, zero_point=zero_point))
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_largest_sums_stay_exact(isa, grid):
-    """All weights and activations at their extremes, at the largest K: no saturation and no wrap."""
-    k = 131071
+def test_largest_sums_stay_exact(isa, grid, static):
+    """All weights and activations at their extremes, at the largest K, few rows and many: no saturation, no wrap."""
+    k = 65535 if static and grid == "int8" else 131071
     cfg = PoTConfig(grid=grid)
     w = torch.full((3, k), 1.0)
     w[1] = -1
     w[2, ::2] = -1
-    packed, scale = make(3, k, cfg)
     scale = potqat.compute_scale(w, cfg)
     packed = potqat.pack(w, scale, cfg)
-    x = torch.full((2, k), 1.0)
-    x[1] = -1
-    assert torch.equal(potqat.linear(x, packed, scale, None, cfg, out_features=3),
-                       oracle(x, packed, scale, None, cfg, 3))  # fmt: skip
+    s_x = 1 / 128 if static else None  # -1 is then -128
+    for m in (2, 9):
+        x = torch.full((m, k), 1.0)
+        x[1::2] = -1
+        ours = potqat.linear(x, packed, scale, None, cfg, out_features=3, input_scale=s_x)
+        assert torch.equal(ours, oracle(x, packed, scale, None, cfg, 3, s_x=s_x))
 
 
 @pytest.mark.parametrize("activations", ["int8", "int16", None])

@@ -223,13 +223,25 @@ class Blocks {
   void dot(int64_t group, int64_t groups, int64_t first, int64_t last, int64_t r0, int64_t count, Output output) {
     const bool whole_tiles = first % kTileInputs == 0 && (last % kTileInputs == 0 || last == a_.k) &&
                              (groups == 1 || a_.q.group_size % kTileInputs == 0);
+    const int largest_q = a_.activations == Activations::kStatic ? 128 : 127;
     const auto block = [&](int64_t row, int64_t m) {
       const int8_t* q = in_.q.get() + row * in_.stride + first;
       const int32_t* q_sum = in_.q_sum.data() + row * groups_ + group;
-      return Dot{lines(first), column_bytes_,  columns_, line_count(last - first),
-                 whole_tiles,  levels_,        q,        in_.stride,
-                 q_sum,        groups_,        m,        acc_,
-                 groups,       a_.q.group_size};
+      return Dot{lines(first),
+                 column_bytes_,
+                 columns_,
+                 line_count(last - first),
+                 whole_tiles,
+                 levels_,
+                 q,
+                 largest_q,
+                 in_.stride,
+                 q_sum,
+                 groups_,
+                 m,
+                 acc_,
+                 groups,
+                 a_.q.group_size};
     };
     int32_t offset[kWidth];
     if (in_.zero_point) {  // sum of level * (q - zp) = sum of level * q - zp * sum of level

@@ -1,4 +1,4 @@
-// AVX2: vpmaddubsw, vpmaddwd and vpaddd are one dot product. The levels' int16 pair sums stay exact: levels + 64 are in
+// AVX2: vpmaddubsw, vpmaddwd and vpaddd are a dot product. The levels' int16 pair sums stay exact: levels + 64 are in
 // 0..128, and 2 * 128 * 128 = 32768 is reached only as a negative. The kernels of 4-bit codes are in avx2.inl.
 #include <immintrin.h>
 #include <string.h>
@@ -34,9 +34,21 @@ void bytes_column(const Dot& d, const uint8_t* lines, int32_t* acc) {
 }
 
 void dot(const Dot& d, const Output& output) {
-  if (d.levels) return dot_with(Nibbles(d.levels), d, output);
-  for (int c = 0; c < d.columns; ++c) bytes_column(d, d.lines + c * d.column_bytes, d.acc + 16 * c);
-  scale(d.acc, 0, d.m, output);
+  if (!d.levels) {
+    return each_group(d, output, 4, [](const Dot& group) {
+      for (int c = 0; c < group.columns; ++c) {
+        bytes_column(group, group.lines + c * group.column_bytes, group.acc + 16 * c);
+      }
+    });
+  }
+  int top = 0;
+  for (int i = 0; i < 16; ++i) top = d.levels[i] > top ? d.levels[i] : top;
+  // A part adds two products to each int16.
+  const auto fits = [&](int chain) { return 2 * chain * top * d.largest_q <= 32767; };
+  const Nibbles nibbles(d.levels);
+  if (fits(8)) return dot_with<8>(nibbles, d, output);
+  if (fits(2)) return dot_with<2>(nibbles, d, output);
+  dot_with<0>(nibbles, d, output);
 }
 
 bool supported() { return __builtin_cpu_supports("avx2"); }
@@ -44,6 +56,6 @@ bool supported() { return __builtin_cpu_supports("avx2"); }
 }  // namespace
 
 const KernelTable kAvx2Table = {"avx2", supported, dot,           dot_float, absmax, quantize,
-                                assign, ste,       squared_error, peak,      read};
+                                assign, ste,       squared_error, peak,      read,   kFewRowsTwice};
 
 }  // namespace potqat

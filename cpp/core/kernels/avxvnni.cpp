@@ -22,7 +22,7 @@ struct Bytes {
 };
 
 void dot(const Dot& d, const Output& output) {
-  d.levels ? dot_with(Nibbles(d.levels), d, output) : dot_with(Bytes(), d, output);
+  d.levels ? dot_with<0>(Nibbles(d.levels), d, output) : dot_with<0>(Bytes(), d, output);
 }
 
 // avx2 stands for the operating system's part: that it keeps the 256-bit registers.
@@ -35,6 +35,6 @@ bool supported() {
 }  // namespace
 
 const KernelTable kAvxVnniTable = {"avxvnni", supported, dot,           dot_float, absmax, quantize,
-                                   assign,    ste,       squared_error, peak,      read};
+                                   assign,    ste,       squared_error, peak,      read,   kFewRowsTwice};
 
 }  // namespace potqat

@@ -24,6 +24,7 @@ struct Dot {
   bool whole_tiles;      // the run and its groups start at tiles, and what follows in its last tile is zero
   const int8_t* levels;  // signed value of each nibble; null: the codes are int8 levels themselves
   const int8_t* q;       // first input of the run
+  int largest_q;         // |q| at most
   int64_t q_stride;
   const int32_t* q_sum;  // sum of q over the run: kernels that bias an unsigned operand take it off again
   int64_t q_sum_stride;
