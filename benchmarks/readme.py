@@ -1,5 +1,6 @@
 """Rewrite README's results from benchmarks/results/: `python benchmarks/readme.py`. A test checks that they agree."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -202,32 +203,38 @@ LAYERS = {
     "dynamic int8": "torch dynamic int8",
 }
 LLAMA = "llama.cpp Q4_0"
+SHAPES, TOKENS = ((768, 768), (3072, 768), (4096, 4096)), (1, 8, 512)  # of the layers shown
 
 
 def _kernels() -> list[str]:
-    zen, xeon = ("zen4_avx512vbmi",), ("amx", "avx512vnni", "avx512vbmi")
-    layers, held = _layers(zen, "CPU_REPACK"), _layers(xeon, "AMX")
-    epyc, intel = (_report("kernels", names[0]) for names in (zen, xeon))
+    zen4, zen2, xeon = (_report("kernels", name) for name in ("zen4_avx512vbmi", "zen2_avx2", "amx"))
     return [
         "",
         "One linear layer, microseconds, medians of 9 interleaved samples, 1 thread (`benchmarks/kernels.py`; "
         "float32 activations in and out, quantization included, bfloat16 in bfloat16; torch "
-        f"{epyc['machine']['torch']}, llama-cpp-python {epyc['versions']['llama-cpp-python']}). What the machine "
+        f"{zen4['machine']['torch']}, llama-cpp-python {zen4['versions']['llama-cpp-python']}). What the machine "
         "can do at most is in the last two columns: read bandwidth and the peak of the instruction set, measured "
-        f"beside each row. {epyc['machine']['cpu']} (Zen 4: AVX-512 with VNNI and VBMI, no AMX), idle otherwise:",
+        f"beside each row. {zen4['machine']['cpu']} (Zen 4), {zen4['machine']['isa']}, idle otherwise:",
         "",
-        *layers,
+        *_layers(zen4, "CPU_REPACK"),
         "",
-        f"{intel['machine']['cpu']}, shared with others, so no row compares with another; measured before few rows in "
-        "groups took one call (see CHANGELOG). llama.cpp runs its AMX kernels (GCC 12 must not drop stores in them, or "
-        "they crash). " + _peers_isa([_report("kernels", isa) for isa in xeon]),
+        f"{zen2['machine']['cpu']} (Zen 2), {zen2['machine']['isa']}, idle otherwise. It has none of the instructions "
+        "that PyTorch's bfloat16 and int8 products are written for; the peak is that of `vpmaddubsw`, `vpmaddwd` and "
+        "`vpaddd` for every product, of which potqat's kernels leave some out:",
         "",
-        *held,
+        *_layers(zen2, "CPU_REPACK"),
         "",
-        f"Rotated: through copies of the weight of {_rotated(epyc)} MB in all, {_rotated(intel)} on the Xeon, so "
-        "that no cache holds them. int8 is activation quantization, `torch._int_mm` and two scales; dynamic int8 "
-        "is PyTorch's quantized Linear. All but llama.cpp's times include a call from Python; what was not "
-        "measured is empty. All peers, and roofs: `benchmarks/results/`.",
+        f"{xeon['machine']['cpu']}, {xeon['machine']['isa']}, shared with others, so no row compares with another; "
+        "measured before few rows in groups took one call (see CHANGELOG). llama.cpp runs its AMX kernels (GCC 12 must "
+        "not drop stores in them, or they crash):",
+        "",
+        *_layers(xeon, "AMX"),
+        "",
+        f"Rotated: through copies of the weight of {_rotated(zen4)} MB in all on Zen 4, {_rotated(zen2)} on Zen 2, "
+        f"{_rotated(xeon)} on the Xeon, so that no cache holds them. int8 is activation quantization, `torch._int_mm` "
+        "and two scales; dynamic int8 is PyTorch's quantized Linear. All but llama.cpp's times include a call from "
+        "Python; what was not measured is empty. All shapes, peers, numbers of threads, AVX-512 kernels on the Xeon, "
+        "and roofs: `benchmarks/results/kernels_*.md` and their plots.",
     ]
 
 
@@ -239,43 +246,34 @@ def _rotated(report: dict) -> str:
     return f"{max(c['read_bytes'] for c in report['calibration'] if c['residency'] == 'rotated') / 1e6:,.0f}"
 
 
-def _layers(names: tuple[str, ...], llama_place: str) -> list[str]:
+def _layers(report: dict, llama_place: str) -> list[str]:
     """The table of one machine."""
     peers = LAYERS | {LLAMA: f"{LLAMA}, {llama_place}"}
     lines = [
-        "| tokens x outputs x inputs | instructions | " + " | ".join(peers) + " | GB/s | peak TOPS |",
-        "|---" * (len(peers) + 4) + "|",
+        "| tokens x outputs x inputs | " + " | ".join(peers) + " | GB/s | peak TOPS |",
+        "|---" * (len(peers) + 3) + "|",
     ]
-    for report in (_report("kernels", name) for name in names):
-        found: dict[tuple, dict[str, str]] = {}
-        for row in report["rows"]:
-            time = "" if row["error"] else f"{row['microseconds']['median']:,.0f}"
-            found.setdefault(tuple(row[name] for name in KEY), {})[row["peer"]] = time
-        for calibration in report["calibration"]:
-            key = tuple(calibration[name] for name in KEY)
-            n, k, m, threads, residency = key
-            if threads != 1:
-                continue
-            cells = [
-                f"{m} x {n} x {k}" + (", rotated" if residency == "rotated" else ""),
-                calibration["isa"],
-                *(found[key].get(peer, "") for peer in peers.values()),
-                f"{calibration['read_gb_per_second']:.0f}",
-                f"{calibration['peak_gops'] / 1e3:.2f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+    found: dict[tuple, dict[str, str]] = {}
+    for row in report["rows"]:
+        time = "" if row["error"] else f"{row['microseconds']['median']:,.0f}"
+        found.setdefault(tuple(row[name] for name in KEY), {})[row["peer"]] = time
+    calibrations = {tuple(c[name] for name in KEY): c for c in report["calibration"]}
+    for (n, k), m, residency in itertools.product(SHAPES, TOKENS, ("hot", "rotated")):
+        key = (n, k, m, 1, residency)
+        if key not in calibrations:
+            continue
+        cells = [
+            f"{m} x {n} x {k}" + (", rotated" if residency == "rotated" else ""),
+            *(found[key].get(peer, "") for peer in peers.values()),
+            f"{calibrations[key]['read_gb_per_second']:.0f}",
+            f"{calibrations[key]['peak_gops'] / 1e3:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _peers_isa(reports: list[dict]) -> str:
-    """What PyTorch's products in bfloat16 and int8 ran on."""
-    limits = {report["machine"]["isa"]: report["versions"].get("ONEDNN_MAX_CPU_ISA") for report in reports}
-    held = [f"{isa}, where it is held to the same (`ONEDNN_MAX_CPU_ISA={at}`)" for isa, at in limits.items() if at]
-    return "PyTorch may use AMX in all rows" + (f" but those of {' and '.join(held)}." if held else ".")
-
-
 def _decode() -> list[str]:
-    zen, xeon = _report("decode", "zen4_avx512vbmi"), _report("decode", "amx")
+    zen, older, xeon = (_report("decode", name) for name in ("zen4_avx512vbmi", "zen2_avx2", "amx"))
     return [
         "",
         "A whole model, GPT-2 124M in shape, random weights, one text, 1 thread (`benchmarks/decode.py`): "
@@ -284,6 +282,10 @@ def _decode() -> list[str]:
         f'(`Decoder(model, 1, compile="step.pt2")`; prefill is eager there). {_decode_machine(zen)}:',
         "",
         *_tokens(zen),
+        "",
+        f"{_decode_machine(older)}:",
+        "",
+        *_tokens(older),
         "",
         f"{_decode_machine(xeon)}, earlier:",
         "",
