@@ -218,8 +218,8 @@ def _kernels() -> list[str]:
         "",
         *_layers(zen4, "CPU_REPACK"),
         "",
-        f"{zen2['machine']['cpu']} (Zen 2), {zen2['machine']['isa']}, idle otherwise. It has none of the instructions "
-        "that PyTorch's bfloat16 and int8 products are written for; the peak is that of `vpmaddubsw`, `vpmaddwd` and "
+        f"{zen2['machine']['cpu']} (Zen 2), {zen2['machine']['isa']}, idle otherwise. It has no instruction for "
+        "products in bfloat16 or dot products in int8; the peak is that of `vpmaddubsw`, `vpmaddwd` and "
         "`vpaddd` for every product, of which potqat's kernels leave some out:",
         "",
         *_layers(zen2, "CPU_REPACK"),
