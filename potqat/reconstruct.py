@@ -79,7 +79,7 @@ def _train(twins: list[nn.Module], run: Rows, targets: Sequence[torch.Tensor]) -
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_steps=epochs * -(-len(run) // at_once), pct_start=WARMUP, cycle_momentum=False
     )
-    # bfloat16 is enough for a straight-through gradient; where it is native it takes half of the time or a little more.
+    # bfloat16 is enough for a straight-through gradient; where it is faster it takes half of the time or a little more.
     halves = cpu_info()["bfloat16"]
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):

@@ -13,12 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import potqat
-from potqat import PoTConfig, calibrate
+from potqat import PoTConfig, calibrate, cpu_info
 from potqat.cli import main
 from potqat.flows import evaluate, losses, sources, training
+from potqat.flows.generated import generate_windows
 from potqat.flows.recipe import LOSSES, PARTS, PRESETS, QUANTIZER, Recipe
 from potqat.models.gpt import GPT, GPTConfig
 
@@ -135,10 +137,35 @@ def test_the_start_is_that_of_calibrated_quantization(at, run):
     data = training.load_data(at.text, at.tokenizer, source, recipe)
     assert (metrics["text"]["train"], metrics["text"]["held_out"]) == (len(data.train), len(data.held_out))
     assert len(data.held_out) == pytest.approx(len(data.train) / 7, abs=1)
-    windows = data.train[
-        torch.linspace(0, len(data.train) - 16, 16, dtype=torch.float64).long()[:, None] + torch.arange(16)
-    ]
-    model = sources.load(source)
+    check_start(metrics, sources.load(source), spread_windows(data))
+
+
+def test_the_model_as_float_steps_made_it_writes_calibration_text(at, tmp_path):
+    more = ["--loss=ce", "--float-steps=2", "--generated-tokens=100"]
+    assert main(command(at, "llama", tmp_path, *more)) == 0
+    source = sources.find(str(at.llama))
+    written = load_file(tmp_path / "state" / "generated.safetensors")["windows"]
+    assert written.shape == (7, 16)
+    tuned = sources.load(source)
+    tuned.load_state_dict(torch.load(tmp_path / "state" / "float.pt", weights_only=True)["model"])
+    starts = torch.tensor([i for i in range(VOCABULARY) if i not in at.tokenizer.all_special_ids])
+    if cpu_info()["bfloat16"]:
+        tuned = tuned.to(torch.bfloat16)
+    assert torch.equal(written, generate_windows(tuned, 7, 16, starts))
+    data = training.load_data(at.text, at.tokenizer, source, replace(Recipe(), context=16))
+    tuned = sources.load(source)
+    tuned.load_state_dict(torch.load(tmp_path / "state" / "float.pt", weights_only=True)["model"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    check_start(metrics, tuned, torch.cat([spread_windows(data), written]))
+
+
+def spread_windows(data):
+    starts = torch.linspace(0, len(data.train) - 16, 16, dtype=torch.float64).long()
+    return data.train[starts[:, None] + torch.arange(16)]
+
+
+def check_start(metrics, model, windows):
+    """A run's report of its start is that of quantize_ on the windows."""
     report = potqat.quantize_(model, PoTConfig(scale="output", rounding="reconstruct"), windows.split(8))
     packed, started = (
         {entry["name"]: (entry["block_error_before"], entry["block_error"]) for entry in entries}
@@ -334,6 +361,7 @@ def test_the_papers_preset_is_their_protocol():
         (["--float-steps=6"], 2, "float_steps must be from 0 to below the 6 steps, got 6"),
         (["--context=400"], 1, "context 400 is more than the 64 tokens this model takes"),
         (["--warmup=1"], 2, "warmup must be a share of the steps, from 0 to below 1, got 1.0"),
+        (["--generated-tokens=-1"], 2, "generated_tokens must be at least 0, got -1"),
         (["--batch=0"], 2, "batch must be at least 1, got 0"),
         (["--granularity=33"], 2, "granularity must be 'tensor', 'channel' or a group size"),
         (["--data=absent.txt"], 1, "absent.txt: cannot read the text"),

@@ -131,7 +131,7 @@ py::dict cpu_info() {
   info["isa"] = potqat::active_isa();
   info["available"] = split(potqat::available_isas());
   info["built"] = split(potqat::built_isas());
-  info["bfloat16"] = potqat::has_bfloat16();
+  info["bfloat16"] = potqat::has_fast_bfloat16();
   info["cpus"] = std::thread::hardware_concurrency();
   return info;
 }
@@ -175,7 +175,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_IN_FEATURES") = potqat::kMaxInputs;
   m.def("cpu_info", &cpu_info,
         "dict: isa (the kernels in use), available (on this machine, best first), built (into this binary), bfloat16 "
-        "(whether the processor has instructions for PyTorch's products of such numbers), cpus.");
+        "(whether PyTorch multiplies such numbers faster than float32), cpus.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Use the kernels of one instruction set; ValueError if it is unknown or absent. All give the same bits.");
   m.def("peak", &peak_of, py::arg("isa"), py::arg("rounds"),

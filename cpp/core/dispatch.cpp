@@ -70,9 +70,10 @@ bool set_isa(std::string_view name) {
   return table != nullptr;
 }
 
-bool has_bfloat16() {
+bool has_fast_bfloat16() {
 #ifdef POTQAT_X86
-  return __builtin_cpu_supports("avx512bf16");  // AMX comes with it
+  return __builtin_cpu_supports("amx-bf16") ||
+         (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"));  // an Intel's without AMX is the slower way
 #else
   return false;
 #endif

@@ -141,8 +141,8 @@ POTQAT_API std::string built_isas();
 POTQAT_API std::string available_isas();
 POTQAT_API std::string active_isa();
 POTQAT_API bool set_isa(std::string_view name);
-// Whether the processor multiplies bfloat16 numbers by instructions of their own, which PyTorch uses.
-POTQAT_API bool has_bfloat16();
+// Whether PyTorch multiplies bfloat16 numbers faster than float32 here: by AMX, or by an AMD's AVX-512.
+POTQAT_API bool has_fast_bfloat16();
 
 // Calibration of benchmarks. peak: `rounds` rounds (a few instructions each) of an instruction set's dot product on
 // registers alone; the multiply-adds done, or -1 if that set is not available. read: the exclusive or of a buffer's

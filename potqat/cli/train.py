@@ -26,6 +26,7 @@ NUMBERS = {
     "float_learning_rate": (float, "AdamW's, at its highest, for float steps and the control"),
     "warmup": (float, "share of the steps until the highest"),
     "calibration_tokens": (int, "tokens of the training text that the start is calibrated on"),
+    "generated_tokens": (int, "tokens more that it is calibrated on, which the float model, after float steps, writes"),
     "evaluate_every": (int, "steps from one saved state, and point of the curves, to the next"),
     "seed": (int, "same seed and threads, same result"),
 }

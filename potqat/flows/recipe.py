@@ -34,6 +34,7 @@ class Recipe:
         dtype: ``"bfloat16"`` runs both models under autocast; weights stay float32.
         checkpointing: keep only the blocks' inputs and compute the rest again for the gradient.
         calibration_tokens: of the training text, for the start; in windows of 512, or of ``context`` if that is less.
+        generated_tokens: so many more that the float model (as ``float_steps`` made it) writes by itself.
         held_out: share of the text, its end, that is neither trained nor calibrated on.
         evaluate_every: steps from one point of the curve, and one saved state, to the next.
 
@@ -58,6 +59,7 @@ class Recipe:
     dtype: str = "float32"
     checkpointing: bool = False
     calibration_tokens: int = 32768
+    generated_tokens: int = 0
     held_out: float = 0.125
     evaluate_every: int = 50
     seed: int = 0
@@ -69,6 +71,8 @@ class Recipe:
         for name in ("context", "batch", "accumulate", "steps", "calibration_tokens", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.generated_tokens < 0:
+            raise ValueError(f"generated_tokens must be at least 0, got {self.generated_tokens}")
         if not 0 <= self.float_steps < self.steps:
             raise ValueError(f"float_steps must be from 0 to below the {self.steps} steps, got {self.float_steps}")
         for name in ("learning_rate", "scale_learning_rate", "float_learning_rate"):

@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 import potqat
-from potqat.flows import calibration_text, evaluate, losses, quantize, results, sources, training_plot
+from potqat.flows import calibration_text, evaluate, losses, quantize, results, sources, training_plot, training_start
 from potqat.flows.recipe import Recipe
 from potqat.flows.text import tokenize
 from potqat.flows.trainer import Phase, Trained, stop_on_interrupt, train
@@ -93,7 +93,8 @@ def run(
     when no more is trained).
 
     Args:
-        cfg: where it needs calibration, that is on ``recipe.calibration_tokens`` of ``data.train``.
+        cfg: where it needs calibration, that is on ``recipe.calibration_tokens`` of ``data.train`` and
+            ``recipe.generated_tokens`` of the model's own.
         control: train the float model, too.
 
     Returns:
@@ -117,7 +118,7 @@ def run(
     if recipe.float_steps:
         begin = copy.deepcopy(teacher)
         trained |= fit({FLOAT: begin}, [recipe.float_phase(FLOAT, recipe.float_steps)])
-    student, report = _start(begin.eval(), cfg, recipe, data, out / "state")
+    student, report = training_start.start(begin.eval(), cfg, recipe, data.train, source, tokenizer, out / "state")
     del begin
     models, phases = {QAT: student}, [recipe.quantized_phase(QAT)]
     if control:
@@ -196,28 +197,6 @@ def _fit(
                 _point(teacher, data, recipe), state / f"{name}.pt", bar, stop,
             )  # fmt: skip
     return trained
-
-
-def _start(
-    teacher: nn.Module, cfg: potqat.PoTConfig, recipe: Recipe, data: Data, state: Path
-) -> tuple[nn.Module, dict[str, Any]]:
-    """(a copy of the model with QAT modules, its Report as a dict), calibrated once for each folder."""
-    student, path = copy.deepcopy(teacher), state / "start.pt"
-    if path.exists():
-        start = torch.load(path, map_location="cpu", weights_only=True)
-        potqat.prepare_qat_(student, cfg.without_calibration)
-        student.load_state_dict(start["model"])
-        return student, start["report"]
-    if cfg.needs_calibration:
-        context = min(calibration_text.CONTEXT, recipe.context)
-        count = min(-(-recipe.calibration_tokens // context), len(data.train) // context)
-        windows = calibration_text.spread(data.train, count, context).split(calibration_text.BATCH)
-        report = potqat.prepare_qat_(student, cfg, windows, unfinished=state / "calibration")
-    else:
-        report = potqat.prepare_qat_(student, cfg)
-    start = {"model": student.state_dict(), "report": report.to_dict()}
-    potqat.checkpoint.write(path, lambda part: torch.save(start, part))
-    return student, start["report"]
 
 
 def _enable_checkpointing(model: nn.Module) -> None:
