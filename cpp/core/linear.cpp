@@ -1,13 +1,8 @@
-// The packed linear layer around the kernels: quantize activations, walk the tiles, scale, add the bias, cast.
+// The packed linear layer around the kernels: walk the tiles, scale, add the bias, cast.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <new>
-#include <vector>
 
 #include "grid.h"
+#include "inputs.h"
 #include "kernels/kernel.h"
 
 namespace potqat {
@@ -21,109 +16,6 @@ constexpr int64_t kStreamBytes = 1 << 20;
 // Inputs beyond which a block has half the rows.
 constexpr int64_t kLongRow = 2112;
 
-// Rows that start at a cache line: a tile load that straddles two takes twice the time.
-constexpr std::align_val_t kCacheLine{64};
-struct FreeRows {
-  void operator()(void* data) const { ::operator delete[](data, kCacheLine); }
-};
-template <class T>
-using Rows = std::unique_ptr<T[], FreeRows>;
-
-// What the blocks read: activations padded with zeros to whole tiles of inputs, and by rows (kRowPadding).
-struct Inputs {
-  int64_t stride;              // inputs, padded
-  Rows<int8_t> q;              // [rows, stride]; where a zero point needs sums of levels, row m is ones
-  std::vector<int32_t> q_sum;  // [rows, groups]
-  Rows<float> x;               // [rows, stride], float activations
-  std::vector<float> scale;    // [rows] s_x; NaN for a row that holds NaN or infinity
-  int32_t zero_point = 0;
-  int64_t parts = 1;      // 2: row part_rows + r has what row r leaves
-  int64_t part_rows = 0;  // padded, so that what is read beyond the last row is there
-};
-
-// One token: x [k] -> q and its sums [groups], returns s_x.
-float quantize_row(const Linear& a, const KernelTable& table, const float* x, int8_t* q, int32_t* q_sum) {
-  const float most = table.absmax(x, a.k);
-  if (!std::isfinite(most)) {
-    std::memset(q, 0, a.k);
-    std::memset(q_sum, 0, group_count(a.k, a.q.group_size) * sizeof(int32_t));
-    return std::numeric_limits<float>::quiet_NaN();
-  }
-  const bool is_static = a.activations == Activations::kStatic;
-  float scale = a.input_scale, low = -128.0f - a.input_zero_point, high = 127.0f - a.input_zero_point;
-  if (!is_static) {
-    scale = most == 0 ? 1.0f : std::fmax(most / 127.0f, std::numeric_limits<float>::min());
-    low = -127.0f;
-    high = 127.0f;
-  }
-  const int32_t zero_point = is_static ? a.input_zero_point : 0;
-  for_each_group(a.k, a.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
-    q_sum[group] = table.quantize(x + first, last - first, scale, low, high, zero_point, q + first);
-  });
-  return scale;
-}
-
-int64_t padded(int64_t rows) {
-  const int64_t multiple = rows < kManyRows ? 2 : kRowPadding;
-  return (rows + multiple - 1) / multiple * multiple;
-}
-
-template <class T>
-Rows<T> padded_rows(int64_t rows, int64_t used, int64_t stride) {
-  const int64_t all = padded(rows);
-  Rows<T> data(static_cast<T*>(::operator new[](all * stride * sizeof(T), kCacheLine)));
-  for (int64_t r = 0; r < rows; ++r) std::memset(data.get() + r * stride + used, 0, (stride - used) * sizeof(T));
-  std::memset(data.get() + rows * stride, 0, (all - rows) * stride * sizeof(T));
-  return data;
-}
-
-Inputs prepare(const Linear& a, const KernelTable& table, int64_t groups, const ParallelFor& parallel) {
-  Inputs in;
-  // An odd number of cache lines: rows a multiple of 4 KiB apart would all fall into one set of the cache.
-  in.stride = ((a.k + kTileInputs - 1) / kTileInputs | 1) * kTileInputs;
-  const bool quantized = a.activations != Activations::kFloat;
-  in.parts = a.activations == Activations::kInt16 ? 2 : 1;
-  in.part_rows = in.parts > 1 ? padded(a.m) : 0;
-  const int64_t rows = (in.parts - 1) * in.part_rows + a.m + (a.activations == Activations::kStatic);
-  in.zero_point = a.activations == Activations::kStatic ? a.input_zero_point : 0;
-  in.scale.assign(rows, 1.0f);
-  if (quantized) {
-    in.q = padded_rows<int8_t>(rows, a.k, in.stride);
-    if (in.part_rows) std::memset(in.q.get() + a.m * in.stride, 0, (in.part_rows - a.m) * in.stride);
-    in.q_sum.resize(rows * groups);
-  } else {
-    in.x = padded_rows<float>(rows, a.k, in.stride);
-  }
-  const Matrix x = {a.x, a.dtype, a.m, a.k, a.k, 1};
-  const int64_t grain = std::max<int64_t>(1, kMinThreadWork / 16 / std::max<int64_t>(1, a.k));
-  parallel(a.m, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer(a.dtype == DType::kFloat32 ? 0 : a.k), rest(in.parts > 1 ? a.k : 0);
-    const auto quantize = [&](int64_t to, const float* values) {
-      in.scale[to] = quantize_row(a, table, values, in.q.get() + to * in.stride, in.q_sum.data() + to * groups);
-    };
-    for (int64_t r = begin; r < end; ++r) {
-      const float* row = view_row(x, r, buffer.data());
-      if (quantized) {
-        quantize(r, row);
-        if (in.parts > 1) {
-          const int8_t* q = in.q.get() + r * in.stride;
-          for (int64_t j = 0; j < a.k; ++j) rest[j] = row[j] - static_cast<float>(q[j]) * in.scale[r];
-          quantize(in.part_rows + r, rest.data());
-        }
-      } else if (a.k) {
-        std::memcpy(in.x.get() + r * in.stride, row, a.k * sizeof(float));
-      }
-    }
-  });
-  if (a.activations == Activations::kStatic) {
-    std::memset(in.q.get() + a.m * in.stride, 1, a.k);
-    for_each_group(a.k, a.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
-      in.q_sum[a.m * groups + group] = static_cast<int32_t>(last - first);
-    });
-  }
-  return in;
-}
-
 // Blocks of the output: up to kMaxRows tokens times kMaxColumns columns of tiles.
 class Blocks {
  public:
@@ -134,20 +26,19 @@ class Blocks {
     stream_ = aligned && a.m * a.n * static_cast<int64_t>(sizeof(float)) > kStreamBytes;
   }
 
-  // Tokens whose activations stay in the second-level cache while all columns pass by.
-  int64_t block_rows() const { return in_.stride <= kLongRow ? kMaxRows : kMaxRows / 2; }
-
-  void run(int64_t r0, int64_t column, int64_t columns) {
+  // The inputs are those of the layer's tokens from `token` on.
+  void run(int64_t token, int64_t column, int64_t columns) {
+    token_ = token;
     columns_ = static_cast<int>(columns);
     n0_ = column * kTileOutputs;
     width_ = static_cast<int>(std::min(columns * kTileOutputs, a_.n - n0_));
     column_bytes_ = (a_.k + kTileInputs - 1) / kTileInputs * tile_bytes(a_.q.grid);
     tiles_ = a_.packed + column * column_bytes_;
-    rows(r0, std::min(block_rows(), a_.m - r0));
+    rows(in_.rows);
   }
 
  private:
-  void rows(int64_t r0, int64_t count) {
+  void rows(int64_t count) {
     // float32 of one pass, or of few rows: results go where they belong. Else they gather here, and are cast and
     // copied at the end.
     const bool taken = count <= table_.few_rows_grouped ||
@@ -156,24 +47,24 @@ class Blocks {
         taken && groups_ > 1 && a_.activations != Activations::kFloat && in_.parts == 1 && !in_.zero_point;
     const bool one_pass = together || groups_ * in_.parts == 1;
     const bool direct = a_.dtype == DType::kFloat32 && (one_pass || count <= kRowPadding);
-    float* y = direct ? static_cast<float*>(a_.out) + r0 * a_.n + n0_ : y_;
+    float* y = direct ? static_cast<float*>(a_.out) + token_ * a_.n + n0_ : y_;
     const int64_t y_stride = direct ? a_.n : kWidth;
     if (together) {
-      dot_together(r0, count, y, y_stride);
+      dot_together(count, y, y_stride);
     } else {
-      dot_each(r0, count, y, y_stride, one_pass && direct && stream_);
+      dot_each(count, y, y_stride, one_pass && direct && stream_);
     }
     if (direct) return;
-    for (int64_t r = 0; r < count; ++r) store(y_ + r * kWidth, width_, a_.dtype, a_.out, (r0 + r) * a_.n + n0_);
+    for (int64_t r = 0; r < count; ++r) store(y_ + r * kWidth, width_, a_.dtype, a_.out, (token_ + r) * a_.n + n0_);
   }
 
-  void dot_together(int64_t r0, int64_t count, float* y, int64_t y_stride) {
+  void dot_together(int64_t count, float* y, int64_t y_stride) {
     const int64_t step = std::max<int64_t>(1, kGroupedInputs / a_.q.group_size);
     for (int64_t group = 0; group < groups_; group += step) {
       const int64_t groups = std::min(step, groups_ - group), first = group * a_.q.group_size;
       const bool last = group + groups == groups_;
       const bool stream = stream_ && y != y_ && groups == groups_;
-      const Output output = {in_.scale.data() + r0,
+      const Output output = {in_.scale.data(),
                              a_.scale + group * a_.n + n0_,
                              last && a_.bias ? a_.bias + n0_ : nullptr,
                              nullptr,
@@ -183,22 +74,22 @@ class Blocks {
                              y,
                              y_stride,
                              a_.n};
-      dot(group, groups, first, last ? a_.k : first + groups * a_.q.group_size, r0, count, output);
+      dot(group, groups, first, last ? a_.k : first + groups * a_.q.group_size, 0, count, output);
     }
   }
 
-  void dot_each(int64_t r0, int64_t count, float* y, int64_t y_stride, bool stream) {
+  void dot_each(int64_t count, float* y, int64_t y_stride, bool stream) {
     float padded[2][kWidth];
     for_each_group(a_.k, a_.q.group_size, [&](int64_t group, int64_t first, int64_t last) {
       const float* scale = whole_width(a_.scale + group * a_.n + n0_, padded[0]);
       const float* bias = a_.bias && last == a_.k ? whole_width(a_.bias + n0_, padded[1]) : nullptr;
       for (int64_t part = 0; part < in_.parts; ++part) {
-        const int64_t row = part * in_.part_rows + r0;
+        const int64_t row = part * in_.part_rows;
         const bool start = group == 0 && part == 0, end = part + 1 == in_.parts;
         const Output output = {
             in_.scale.data() + row, scale, end ? bias : nullptr, nullptr, start, stream, width_, y, y_stride, 0};
         if (a_.activations == Activations::kFloat) {
-          dot_float(first, last, row, count, output);
+          dot_float(first, last, count, output);
         } else {
           dot(group, 1, first, last, row, count, output);
         }
@@ -220,13 +111,13 @@ class Blocks {
   }
   int64_t line_count(int64_t inputs) const { return (inputs + inputs_a_line() - 1) / inputs_a_line(); }
 
-  void dot(int64_t group, int64_t groups, int64_t first, int64_t last, int64_t r0, int64_t count, Output output) {
+  void dot(int64_t group, int64_t groups, int64_t first, int64_t last, int64_t row, int64_t count, Output output) {
     const bool whole_tiles = first % kTileInputs == 0 && (last % kTileInputs == 0 || last == a_.k) &&
                              (groups == 1 || a_.q.group_size % kTileInputs == 0);
     const int largest_q = a_.activations == Activations::kStatic ? 128 : 127;
-    const auto block = [&](int64_t row, int64_t m) {
-      const int8_t* q = in_.q.get() + row * in_.stride + first;
-      const int32_t* q_sum = in_.q_sum.data() + row * groups_ + group;
+    const auto block = [&](int64_t from, int64_t m) {
+      const int8_t* q = in_.q.get() + from * in_.stride + first;
+      const int32_t* q_sum = in_.q_sum.data() + from * groups_ + group;
       return Dot{lines(first),
                  column_bytes_,
                  columns_,
@@ -248,17 +139,17 @@ class Blocks {
       const float one = 1.0f;
       float ones[kWidth], level_sum[kWidth];
       std::fill_n(ones, kWidth, 1.0f);
-      table_.dot(block(a_.m, 1), {&one, ones, nullptr, nullptr, true, false, width_, level_sum, kWidth, 0});
+      table_.dot(block(in_.rows, 1), {&one, ones, nullptr, nullptr, true, false, width_, level_sum, kWidth, 0});
       // Exact: kMaxInputs * 127 < 2^24.
       for (int c = 0; c < width_; ++c) offset[c] = in_.zero_point * static_cast<int32_t>(level_sum[c]);
       std::fill(offset + width_, offset + kWidth, 0);
       output.offset = offset;
     }
-    table_.dot(block(r0, count), output);
+    table_.dot(block(row, count), output);
   }
 
-  void dot_float(int64_t first, int64_t last, int64_t r0, int64_t count, const Output& o) {
-    const float* x = in_.x.get() + r0 * in_.stride + first;
+  void dot_float(int64_t first, int64_t last, int64_t count, const Output& o) {
+    const float* x = in_.x.get() + first;
     table_.dot_float(
         {lines(first), column_bytes_, columns_, line_count(last - first), levels_, x, in_.stride, count, sum_});
     for (int64_t r = 0; r < count; ++r) {
@@ -276,6 +167,7 @@ class Blocks {
   const int8_t* levels_;
   const int64_t groups_;
   bool stream_ = false;
+  int64_t token_ = 0;
   int columns_ = 0, width_ = 0;
   int64_t n0_ = 0, column_bytes_ = 0;
   const uint8_t* tiles_ = nullptr;
@@ -298,19 +190,23 @@ Status linear(const Linear& a, const ParallelFor& parallel) {
     }
   }
   const int64_t groups = group_count(a.k, a.q.group_size);
-  const Inputs in = prepare(a, *table, groups, parallel);
   const int64_t columns = (a.n + kTileOutputs - 1) / kTileOutputs;
   const int64_t count = (columns + kMaxColumns - 1) / kMaxColumns;
-  const int64_t work = std::max<int64_t>(1, a.m * in.stride * kTileOutputs * kMaxColumns);
-  parallel(count, std::max<int64_t>(1, kMinThreadWork / work), [&](int64_t begin, int64_t end) {
-    Blocks blocks(a, in, *table, a.q.grid.bits == 4 ? levels : nullptr,
-                  groups);  // 390 KB, mostly untouched: the stack of any thread has them
-    for (int64_t r0 = 0; r0 < a.m; r0 += blocks.block_rows()) {
+  // Tokens whose activations stay in the second-level cache while all columns pass by.
+  const int64_t rows = a.k <= kLongRow ? kMaxRows : kMaxRows / 2;
+  static thread_local Inputs kept;
+  Inputs& in = kept;  // the caller's in other threads, too
+  for (int64_t token = 0; token < a.m; token += rows) {
+    in.prepare(a, *table, token, std::min(rows, a.m - token), parallel);
+    const int64_t work = std::max<int64_t>(1, in.rows * in.stride * kTileOutputs * kMaxColumns);
+    parallel(count, std::max<int64_t>(1, kMinThreadWork / work), [&](int64_t begin, int64_t end) {
+      Blocks blocks(a, in, *table, a.q.grid.bits == 4 ? levels : nullptr,
+                    groups);  // 390 KB, mostly untouched: the stack of any thread has them
       for (int64_t i = begin; i < end; ++i) {
-        blocks.run(r0, i * kMaxColumns, std::min<int64_t>(kMaxColumns, columns - i * kMaxColumns));
+        blocks.run(token, i * kMaxColumns, std::min<int64_t>(kMaxColumns, columns - i * kMaxColumns));
       }
-    }
-  });
+    });
+  }
   return {};
 }
 
