@@ -108,7 +108,8 @@ void panel_rows(const __m512i* panel, int64_t parts, const Dot& d, int64_t row, 
       sum[r][c] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(acc + (row + r) * kWidth + 16 * c);
     }
   }
-  for (int64_t p = 0; p < parts; ++p) {
+  // Where another thread shares the core, what the loop itself takes is missed.
+  _Pragma("GCC unroll 4") for (int64_t p = 0; p < parts; ++p) {
     __m512i part[COLUMNS];
     UNROLL for (int c = 0; c < COLUMNS; ++c) part[c] = _mm512_load_si512(panel + p * COLUMNS + c);
     UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -159,7 +160,13 @@ void many_rows(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32
       }
     }
     const bool last = line + count >= d.line_count;
+    // The lines of the next panel come from memory while this one is used, some with every pass.
+    const uint8_t* next = lines + (last ? COLUMNS * d.column_bytes : (line + count) * 64);
+    const int64_t asked = (step * kFewRows + d.m - 1) / d.m;
     for (int64_t r = 0; r < d.m; r += kFewRows) {
+      for (int64_t l = r / kFewRows * asked; l < step && l < (r / kFewRows + 1) * asked; ++l) {
+        UNROLL for (int c = 0; c < COLUMNS; ++c) _mm_prefetch(next + c * d.column_bytes + l * 64, _MM_HINT_T1);
+      }
       const int64_t rows = d.m - r < kFewRows ? d.m - r : kFewRows;
       const int8_t* q = d.q + r * d.q_stride + line * kParts * 4;
       with_rows(rows, [&]<int ROWS>() {
