@@ -158,9 +158,11 @@ int64_t peak_of(const std::string& isa, int64_t rounds) {
 
 uint64_t read_array(const py::array& array, int64_t passes) {
   if (!(array.flags() & py::array::c_style)) throw py::value_error("potqat._C.read: the array must be C-contiguous");
+  const void* data = array.data();
+  const int64_t bytes = array.nbytes();  // counts a reference to the dtype
   const py::gil_scoped_release release;
   uint64_t words = 0;
-  for (int64_t pass = 0; pass < passes; ++pass) words = potqat::read(array.data(), array.nbytes());
+  for (int64_t pass = 0; pass < passes; ++pass) words = potqat::read(data, bytes);
   return words;
 }
 
