@@ -4,8 +4,10 @@ ggml keeps 4-bit weights in one of several buffer types and chooses its kernel b
 ``CPU_REPACK`` interleaves eight rows, ``AMX`` holds tiles. llama.cpp takes the best that a machine has for each weight;
 all are timed here. Activations are float32 and quantized inside the product, as ours are.
 
-ggml sets a thread's AMX tiles up once and expects them to stay, while others (oneDNN, potqat) set theirs up for each
-product: so ggml has a thread of its own here.
+ggml has a process of its own here (``Process``). It sets a thread's AMX tiles up once and expects them to stay, while
+others (oneDNN, potqat) set theirs up for each product. And with its threads beside PyTorch's, libgomp counts more of them
+than there are cores, and lets all sleep as soon as they wait: what PyTorch, and potqat in it, then do in two threads
+takes up to five times as long.
 
 Built by GCC 12, ggml's AMX products of several tokens crash: _tile_loadconfig tells that compiler of 8 of the 64 bytes
 that it reads, and the stores to the others are dropped as dead. Building llama-cpp-python with
@@ -13,15 +15,19 @@ CXXFLAGS="-fno-tree-dse -fno-dse" keeps them. ``check`` finds out in a process o
 """
 
 import ctypes
+import itertools
+import multiprocessing
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from functools import cache
 
 import numpy as np
 
 F32, Q4_0 = 0, 2  # enum ggml_type
+BLOCK, BLOCK_BYTES = 32, 18  # of Q4_0: weights of a block, and its bytes
 WEIGHTS = 1  # enum ggml_backend_buffer_usage
 NODES = 32  # products in one graph, so that starting a graph is not what is timed
 NODES_BYTES = 1 << 25  # but no more results than this
@@ -44,7 +50,6 @@ _FUNCTIONS = {  # name: (result, arguments), of ggml.h, ggml-cpu.h, ggml-backend
     "ggml_build_forward_expand": (None, [c_void_p, c_void_p]),
     "ggml_graph_overhead": (c_size_t, []),
     "ggml_tensor_overhead": (c_size_t, []),
-    "ggml_row_size": (c_size_t, [c_int, c_int64]),
     "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "ggml_backend_cpu_init": (c_void_p, []),
     "ggml_backend_cpu_set_n_threads": (None, [c_void_p, c_int]),
@@ -80,7 +85,6 @@ class Ggml:
             setattr(self, name.removeprefix("ggml_"), function)
         self._log = _LOG(lambda level, text, data: None)  # kept: the library holds its address
         self.log_set(self._log, None)
-        self.thread = ThreadPoolExecutor(1)
         self.version = llama_cpp.__version__
         self.backend = self.backend_cpu_init()
         self.device = self.backend_get_device(self.backend)
@@ -112,7 +116,7 @@ class Product:
         self._buffers, self._contexts, self._graphs = [], [], []
         self._ggml, self._threads, (n, k), m = ggml, threads, w.shape, x.shape[0]
         place = ggml.buffer_types[buffer_type]
-        self.bytes = n * ggml.row_size(Q4_0, k)
+        self.bytes = n * k // BLOCK * BLOCK_BYTES
         codes = np.empty(self.bytes, np.uint8)
         ggml.quantize_chunk(Q4_0, _pointer(w), _pointer(codes), 0, n, k, None)
 
@@ -146,9 +150,6 @@ class Product:
 
     def __call__(self, count: int) -> tuple[int, float]:
         """At least ``count`` products: (how many were done, in how many seconds)."""
-        return self._ggml.thread.submit(self._compute, count).result()
-
-    def _compute(self, count: int) -> tuple[int, float]:
         self._ggml.backend_cpu_set_n_threads(self._ggml.backend, self._threads)
         done, begin = 0, time.perf_counter()
         while done < count:
@@ -178,6 +179,62 @@ class Product:
 
 def _pointer(array: np.ndarray) -> int:
     return array.ctypes.data
+
+
+# ---- In a process of its own --------------------------------------------------------------------------------
+
+_library = cache(Ggml)
+_products: dict[int, Product] = {}
+
+
+def _buffer_types() -> list[str]:
+    return list(_library().buffer_types)
+
+
+def _start(number: int, *arguments) -> int:
+    _products[number] = Product(_library(), *arguments)
+    return _products[number].bytes
+
+
+def _run(number: int, count: int) -> tuple[int, float]:
+    return _products[number](count)
+
+
+def _free(number: int) -> None:
+    del _products[number]
+
+
+class Process:
+    """Runs products; ``buffer_types`` are the names that this build has here.
+
+    Raises:
+        ImportError: llama-cpp-python is not installed.
+    """
+
+    def __init__(self):
+        self._pool, self._numbers = ProcessPoolExecutor(1, multiprocessing.get_context("spawn")), itertools.count()
+        self.buffer_types: list[str] = self._call(_buffer_types)
+
+    def start(self, buffer_type: str, w: np.ndarray, x: np.ndarray, copies: int, threads: int) -> "Remote":
+        """A Product of these arguments, and what it raises."""
+        number = next(self._numbers)
+        return Remote(self, number, self._call(_start, number, buffer_type, w, x, copies, threads))
+
+    def _call(self, *call):
+        return self._pool.submit(*call).result()
+
+
+class Remote:
+    """A Product in the other process; ``bytes`` as there."""
+
+    def __init__(self, process: Process, number: int, size: int):
+        self._process, self._number, self.bytes = process, number, size
+
+    def __call__(self, count: int) -> tuple[int, float]:
+        return self._process._call(_run, self._number, count)
+
+    def __del__(self):
+        self._process._pool.submit(_free, self._number)
 
 
 def check(buffer_type: str) -> None:

@@ -133,19 +133,18 @@ class Ggml:
     """A weight for ggml in one buffer type."""
 
     def __init__(self, place: str, w: torch.Tensor):
-        library = _ggml()
-        if place not in library.buffer_types:
+        if place not in _ggml().buffer_types:
             raise ValueError(f"this build of ggml has no {place} buffers on this machine")
         _checked(place)
-        self.place, self.w, self.bytes = place, w.numpy(), w.shape[0] * library.row_size(ggml.Q4_0, w.shape[1])
+        self.place, self.w, self.bytes = place, w.numpy(), w.numel() // ggml.BLOCK * ggml.BLOCK_BYTES
 
     def start(self, x: torch.Tensor, copies: int, threads: int) -> bench.Running:
-        return ggml.Product(_ggml(), self.place, self.w, x.numpy(), copies, threads)
+        return _ggml().start(self.place, self.w, x.numpy(), copies, threads)
 
 
 @cache
-def _ggml() -> ggml.Ggml:
-    return ggml.Ggml()
+def _ggml() -> ggml.Process:
+    return ggml.Process()
 
 
 @cache

@@ -207,7 +207,8 @@ SHAPES, TOKENS = ((768, 768), (3072, 768), (4096, 4096)), (1, 8, 512)  # of the 
 
 
 def _kernels() -> list[str]:
-    zen4, zen2, xeon = (_report("kernels", name) for name in ("zen4_avx512vbmi", "zen2_avx2", "amx"))
+    names = ("zen4_avx512vbmi", "xeon_avx512vbmi", "zen2_avx2", "amx")
+    zen4, xeon, zen2, amx = (_report("kernels", name) for name in names)
     return [
         "",
         "One linear layer, microseconds, medians of 9 interleaved samples, 1 thread (`benchmarks/kernels.py`; "
@@ -218,23 +219,26 @@ def _kernels() -> list[str]:
         "",
         *_layers(zen4, "CPU_REPACK"),
         "",
+        f"{xeon['machine']['cpu']}, {xeon['machine']['isa']}, without AMX; its cores' other threads are others':",
+        "",
+        *_layers(xeon, "CPU_REPACK"),
+        "",
         f"{zen2['machine']['cpu']} (Zen 2), {zen2['machine']['isa']}, idle otherwise. It has no instruction for "
         "products in bfloat16 or dot products in int8; the peak is that of `vpmaddubsw`, `vpmaddwd` and "
         "`vpaddd` for every product, of which potqat's kernels leave some out:",
         "",
         *_layers(zen2, "CPU_REPACK"),
         "",
-        f"{xeon['machine']['cpu']}, {xeon['machine']['isa']}, shared with others, so no row compares with another; "
+        f"{amx['machine']['cpu']}, {amx['machine']['isa']}, shared with others, so no row compares with another; "
         "measured before few rows in groups took one call (see CHANGELOG). llama.cpp runs its AMX kernels (GCC 12 must "
         "not drop stores in them, or they crash):",
         "",
-        *_layers(xeon, "AMX"),
+        *_layers(amx, "AMX"),
         "",
-        f"Rotated: through copies of the weight of {_rotated(zen4)} MB in all on Zen 4, {_rotated(zen2)} on Zen 2, "
-        f"{_rotated(xeon)} on the Xeon, so that no cache holds them. int8 is activation quantization, `torch._int_mm` "
+        f"Rotated: through copies of the weight of {_rotated(zen4)} MB in all on Zen 4, {_rotated(xeon)} on the Xeon "
+        f"without AMX, {_rotated(zen2)} on Zen 2, {_rotated(amx)} with AMX, so that no cache holds them. int8 is activation quantization, `torch._int_mm` "
         "and two scales; dynamic int8 is PyTorch's quantized Linear. All but llama.cpp's times include a call from "
-        "Python; what was not measured is empty. All shapes, peers, numbers of threads, AVX-512 kernels on the Xeon, "
-        "and roofs: `benchmarks/results/kernels_*.md` and their plots.",
+        "Python; what was not measured is empty. All shapes, peers, numbers of threads, and roofs: `benchmarks/results/kernels_*.md` and their plots.",
     ]
 
 
@@ -273,7 +277,8 @@ def _layers(report: dict, llama_place: str) -> list[str]:
 
 
 def _decode() -> list[str]:
-    zen, older, xeon = (_report("decode", name) for name in ("zen4_avx512vbmi", "zen2_avx2", "amx"))
+    names = ("zen4_avx512vbmi", "xeon_avx512vbmi", "zen2_avx2", "amx")
+    zen, xeon, older, amx = (_report("decode", name) for name in names)
     return [
         "",
         "A whole model, GPT-2 124M in shape, random weights, one text, 1 thread (`benchmarks/decode.py`): "
@@ -283,13 +288,17 @@ def _decode() -> list[str]:
         "",
         *_tokens(zen),
         "",
+        f"{_decode_machine(xeon)}:",
+        "",
+        *_tokens(xeon),
+        "",
         f"{_decode_machine(older)}:",
         "",
         *_tokens(older),
         "",
-        f"{_decode_machine(xeon)}, earlier:",
+        f"{_decode_machine(amx)}, earlier:",
         "",
-        *_tokens(xeon),
+        *_tokens(amx),
     ]
 
 
