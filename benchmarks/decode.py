@@ -16,7 +16,6 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -162,23 +161,21 @@ def llama_arm(extra_buffers: bool, model: GPT, ids: torch.Tensor, threads: int, 
     import ggml
     import llama
 
-    if extra_buffers and "AMX" in ggml.Ggml().buffer_types:
+    if extra_buffers and "AMX" in ggml.Process().buffer_types:
         ggml.check("AMX")
     path = folder / "model.gguf"
     if not path.exists():
         llama.write_gguf(model, path)
-    pool = ThreadPoolExecutor(1)
-    reader = pool.submit(llama.Llama, path, model.config.block_size, threads, extra_buffers).result()
-    tokens = ids[0].tolist()
-    pool.submit(reader.read, tokens[:CONTEXT], 0).result()
-    logits = pool.submit(reader.last_logits).result()
+    reader, tokens = llama.Process(path, model.config.block_size, threads, extra_buffers), ids[0].tolist()
+    reader.read(tokens[:CONTEXT], 0)
+    logits = reader.last_logits()
 
     def prefill(count: int) -> tuple[int, float]:
-        return count, sum(pool.submit(reader.read, tokens, 0).result() for _ in range(count))
+        return count, sum(reader.read(tokens, 0) for _ in range(count))
 
     def decode(count: int) -> tuple[int, float]:
-        pool.submit(reader.read, tokens[:CONTEXT], 0).result()
-        return count, pool.submit(lambda: sum(reader.read([tokens[i]], CONTEXT + i) for i in range(count))).result()
+        reader.read(tokens[:CONTEXT], 0)
+        return count, reader.read_each(tokens[:count], CONTEXT)
 
     return Running(prefill, decode, logits, llama.read_bytes(path))
 

@@ -5,9 +5,9 @@ ggml keeps 4-bit weights in one of several buffer types and chooses its kernel b
 all are timed here. Activations are float32 and quantized inside the product, as ours are.
 
 ggml has a process of its own here (``Process``). It sets a thread's AMX tiles up once and expects them to stay, while
-others (oneDNN, potqat) set theirs up for each product. And with its threads beside PyTorch's, libgomp counts more of them
-than there are cores, and lets all sleep as soon as they wait: what PyTorch, and potqat in it, then do in two threads
-takes up to five times as long.
+others (oneDNN, potqat) set theirs up for each product. And with its threads beside PyTorch's, libgomp counts more of
+them than there are cores, and lets all sleep as soon as they wait: what PyTorch, and potqat in it, then do in two
+threads takes up to five times as long.
 
 Built by GCC 12, ggml's AMX products of several tokens crash: _tile_loadconfig tells that compiler of 8 of the 64 bytes
 that it reads, and the stores to the others are dropped as dead. Building llama-cpp-python with

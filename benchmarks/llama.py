@@ -1,6 +1,8 @@
 """A GPT of potqat.models as a Q4_0 GGUF file, run by llama.cpp's own loop (llama-cpp-python's low-level calls)."""
 
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -63,8 +65,6 @@ def read_bytes(path: Path) -> int:
 class Llama:
     """A model and a context for one text.
 
-    Call everything from one thread: see ggml.py.
-
     Args:
         extra_buffers: whether weights may go into the buffer types with kernels of their own (AMX, CPU_REPACK).
     """
@@ -102,7 +102,41 @@ class Llama:
             raise RuntimeError(f"llama_decode gave status {status} for {len(tokens)} tokens at {start}")
         return seconds
 
+    def read_each(self, tokens: list[int], start: int) -> float:
+        """The same, one by one."""
+        return sum(self.read([token], start + i) for i, token in enumerate(tokens))
+
     def last_logits(self) -> torch.Tensor:
         """float32 [V] of the last token read."""
         logits = llama_cpp.llama_get_logits_ith(self.context, -1)
         return torch.from_numpy(np.ctypeslib.as_array(logits, (self.vocabulary,)).copy())
+
+
+# ---- In a process of its own --------------------------------------------------------------------------------
+
+_loaded: list[Llama] = []
+
+
+def _load(*arguments) -> None:
+    _loaded.append(Llama(*arguments))
+
+
+def _do(method: str, *arguments):
+    return getattr(_loaded[0], method)(*arguments)
+
+
+class Process:
+    """A Llama of these arguments in a process of its own (why: ggml.py), with its methods."""
+
+    def __init__(self, *arguments):
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self._pool.submit(_load, *arguments).result()
+
+    def read(self, tokens: list[int], start: int) -> float:
+        return self._pool.submit(_do, "read", tokens, start).result()
+
+    def read_each(self, tokens: list[int], start: int) -> float:
+        return self._pool.submit(_do, "read_each", tokens, start).result()
+
+    def last_logits(self) -> torch.Tensor:
+        return self._pool.submit(_do, "last_logits").result()

@@ -236,9 +236,11 @@ def _kernels() -> list[str]:
         *_layers(amx, "AMX"),
         "",
         f"Rotated: through copies of the weight of {_rotated(zen4)} MB in all on Zen 4, {_rotated(xeon)} on the Xeon "
-        f"without AMX, {_rotated(zen2)} on Zen 2, {_rotated(amx)} with AMX, so that no cache holds them. int8 is activation quantization, `torch._int_mm` "
-        "and two scales; dynamic int8 is PyTorch's quantized Linear. All but llama.cpp's times include a call from "
-        "Python; what was not measured is empty. All shapes, peers, numbers of threads, and roofs: `benchmarks/results/kernels_*.md` and their plots.",
+        f"without AMX, {_rotated(zen2)} on Zen 2, {_rotated(amx)} with AMX, so that no cache holds them. int8 is "
+        "activation quantization, `torch._int_mm` and two scales; dynamic int8 is PyTorch's quantized Linear. All but "
+        "llama.cpp's times include a call from Python; what was not measured is empty. All shapes, peers, numbers of "
+        "threads, and roofs: `benchmarks/results/kernels_*.md` and their plots. Their times in two threads, but for "
+        "the Xeon without AMX, may be too long: beside llama.cpp's threads in one process PyTorch's went to sleep.",
     ]
 
 
