@@ -219,7 +219,7 @@ def _kernels() -> list[str]:
         "",
         *_layers(zen4, "CPU_REPACK"),
         "",
-        f"{xeon['machine']['cpu']}, {xeon['machine']['isa']}, without AMX; its cores' other threads are others':",
+        f"{xeon['machine']['cpu']}, {xeon['machine']['isa']}, without AMX, shared with others:",
         "",
         *_layers(xeon, "CPU_REPACK"),
         "",
