@@ -184,6 +184,10 @@ void many_rows(const Decoder& decoder, const Dot& d, const uint8_t* lines, int32
     for (int64_t l = 0; l < count; ++l) {
       for (int half = 0; half < 2; ++half) decoder.decode(load(lines + (line + l) * 64 + half * 32), panel[l][half]);
     }
+    // The lines of the next panel, or column, come from memory while this one is used.
+    for (int64_t l = line + count; l < line + count + kPanelLines; ++l) {
+      _mm_prefetch(reinterpret_cast<const char*>(lines + l * 64), _MM_HINT_T1);
+    }
     int64_t r = 0;
     for (; r + kPanelRows <= d.m; r += kPanelRows) panel_rows<CHAIN, kPanelRows>(from, d, r, line, count, acc);
     if (d.m - r == 3) panel_rows<CHAIN, 3>(from, d, r, line, count, acc);
