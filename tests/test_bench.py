@@ -4,6 +4,8 @@ Nothing here looks at a time: that is what the benchmarks are for."""
 
 import itertools
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +52,14 @@ def test_read_sees_every_byte(isa, size):
 def test_read_refuses_a_strided_array():
     with pytest.raises(ValueError, match="C-contiguous"):
         _C.read(np.zeros((4, 4))[:, ::2])
+
+
+def test_read_in_several_threads_keeps_count_of_references():
+    data = np.zeros(64, np.uint8)
+    before = sys.getrefcount(data.dtype)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: _C.read(data, 1000), range(1200)))
+    assert sys.getrefcount(data.dtype) == before
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -285,10 +295,10 @@ def test_llama_reads_the_same_model(benchmarks, tmp_path):
 
     model = GPT(GPTConfig(vocab_size=96, block_size=64, n_layer=2, n_head=2, n_embd=64)).eval()
     llama.write_gguf(model, tmp_path / "model.gguf")
-    reader = llama.Llama(tmp_path / "model.gguf", 64, threads=1, extra_buffers=False)
+    reader = llama.Process(tmp_path / "model.gguf", 64, 1, False)
     ids = torch.randint(96, (1, 20))
     reader.read(ids[0, :12].tolist(), 0)
-    reader.read(ids[0, 12:].tolist(), 12)
+    assert reader.read_each(ids[0, 12:].tolist(), 12) > 0
     with torch.no_grad():
         truth = model(ids)[0, -1]
     assert torch.cosine_similarity(reader.last_logits(), truth, dim=0) > 0.97
