@@ -140,7 +140,7 @@ def test_the_start_is_that_of_calibrated_quantization(at, run):
     check_start(metrics, sources.load(source), spread_windows(data))
 
 
-def test_the_model_as_float_steps_made_it_writes_calibration_text(at, tmp_path):
+def test_the_model_as_float_steps_made_it_writes_calibration_text(at, tmp_path, capsys):
     more = ["--loss=ce", "--float-steps=2", "--generated-tokens=100"]
     assert main(command(at, "llama", tmp_path, *more)) == 0
     source = sources.find(str(at.llama))
@@ -157,6 +157,10 @@ def test_the_model_as_float_steps_made_it_writes_calibration_text(at, tmp_path):
     tuned.load_state_dict(torch.load(tmp_path / "state" / "float.pt", weights_only=True)["model"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     check_start(metrics, tuned, torch.cat([spread_windows(data), written]))
+    (tmp_path / "state" / "start.pt").unlink()
+    (tmp_path / "state" / "generated.safetensors").write_bytes(b"damaged")
+    assert main(command(at, "llama", tmp_path, *more)) == 1
+    assert "generated.safetensors: cannot be read" in capsys.readouterr().err
 
 
 def spread_windows(data):

@@ -195,7 +195,7 @@ Status linear(const Linear& a, const ParallelFor& parallel) {
   // Tokens whose activations stay in the second-level cache while all columns pass by.
   const int64_t rows = a.k <= kLongRow ? kMaxRows : kMaxRows / 2;
   static thread_local Inputs kept;
-  Inputs& in = kept;  // the caller's in other threads, too
+  Inputs& in = kept;  // in other threads `kept` would be theirs
   for (int64_t token = 0; token < a.m; token += rows) {
     in.prepare(a, *table, token, std::min(rows, a.m - token), parallel);
     const int64_t work = std::max<int64_t>(1, in.rows * in.stride * kTileOutputs * kMaxColumns);

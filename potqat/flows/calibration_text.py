@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,12 +63,10 @@ class CalibrationText:
             return self.file
         dtype = writing_dtype(dtype)
         call = json.dumps([self.source.identity(), str(dtype), *self.to_write, self.seed])
-        if kept.exists():
-            windows = _read(kept, call)
-        else:
-            starts = starting_tokens(self.source, self.tokenizer)
-            windows = generate_windows(sources.load(self.source, dtype), *self.to_write, starts, self.seed)
-            checkpoint.write(kept, lambda part: save_file({"windows": windows}, part, {"call": call}))
+        starts = starting_tokens(self.source, self.tokenizer)
+        windows = written_once(
+            kept, call, lambda: generate_windows(sources.load(self.source, dtype), *self.to_write, starts, self.seed)
+        )
         return [*self.file, *windows.split(BATCH)]
 
 
@@ -85,7 +84,16 @@ def starting_tokens(source: sources.Source, tokenizer: PreTrainedTokenizerBase |
     return torch.tensor([token for token in range(known) if token not in special])
 
 
-def _read(kept: Path, call: str) -> torch.Tensor:
+def written_once(kept: Path, call: str, write: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What ``write`` returns, int64 [windows, tokens], kept in a file for the same ``call``.
+
+    Raises:
+        ValueError: ``kept`` is damaged or of another call. OSError: reading or writing failed.
+    """
+    if not kept.exists():
+        windows = write()
+        checkpoint.write(kept, lambda part: save_file({"windows": windows}, part, {"call": call}))
+        return windows
     try:
         with safe_open(kept, "pt") as opened:
             made_by, windows = (opened.metadata() or {}).get("call"), opened.get_tensor("windows")

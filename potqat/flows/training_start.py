@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import potqat
@@ -37,7 +37,7 @@ def start(
         state: folder that keeps the text, the layers done and the result, to go on from; of the same run.
 
     Raises:
-        ValueError: a model or configuration that cannot be calibrated, or a damaged file in ``state``.
+        ValueError: a model or configuration that cannot be calibrated, or kept text or layers that cannot be read.
         OSError: reading or writing failed.
     """
     student, path = copy.deepcopy(teacher), state / "start.pt"
@@ -51,9 +51,8 @@ def start(
         count = min(-(-recipe.calibration_tokens // context), len(tokens) // context)
         windows = calibration_text.spread(tokens, count, context)
         if recipe.generated_tokens:
-            to_write = -(-recipe.generated_tokens // context), context
             starts = calibration_text.starting_tokens(source, tokenizer)
-            written = _written(teacher, to_write, starts, recipe.seed, state / "generated.safetensors")
+            written = _written(teacher, recipe, context, starts, state / "generated.safetensors")
             windows = torch.cat([windows, written])
         batches = windows.split(calibration_text.BATCH)
         report = potqat.prepare_qat_(student, cfg, batches, unfinished=state / "calibration")
@@ -64,12 +63,10 @@ def start(
     return student, held["report"]
 
 
-def _written(
-    teacher: nn.Module, to_write: tuple[int, int], starts: torch.Tensor, seed: int, path: Path
-) -> torch.Tensor:
-    """Text of the model as it is now, int64 [windows, tokens], written once and kept in ``path``."""
-    if not path.exists():
-        writer = copy.deepcopy(teacher).to(calibration_text.writing_dtype(torch.float32))
-        windows = generate_windows(writer, *to_write, starts, seed)
-        potqat.checkpoint.write(path, lambda part: save_file({"windows": windows}, part))
-    return load_file(path)["windows"]
+def _written(teacher: nn.Module, recipe: Recipe, context: int, starts: torch.Tensor, kept: Path) -> torch.Tensor:
+    """Text of the model as it is now, int64 [windows, context], written once."""
+    count, dtype = -(-recipe.generated_tokens // context), calibration_text.writing_dtype(torch.float32)
+    call = json.dumps([str(dtype), count, context, recipe.seed])
+    return calibration_text.written_once(
+        kept, call, lambda: generate_windows(copy.deepcopy(teacher).to(dtype), count, context, starts, recipe.seed)
+    )

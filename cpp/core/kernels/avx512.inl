@@ -108,7 +108,7 @@ void panel_rows(const __m512i* panel, int64_t parts, const Dot& d, int64_t row, 
       sum[r][c] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(acc + (row + r) * kWidth + 16 * c);
     }
   }
-  // Where another thread shares the core, what the loop itself takes is missed.
+  // Unrolled: where a core's other thread is busy, the loop's own instructions cost time.
   _Pragma("GCC unroll 4") for (int64_t p = 0; p < parts; ++p) {
     __m512i part[COLUMNS];
     UNROLL for (int c = 0; c < COLUMNS; ++c) part[c] = _mm512_load_si512(panel + p * COLUMNS + c);
