@@ -9,6 +9,9 @@ from hypothesis import settings
 import potqat
 from potqat.models.gpt import GPT, GPTConfig
 
+# Modules beside the tests that hold asserts: they, too, show values when they fail.
+pytest.register_assert_rewrite("calibration_models", "command", "container_files")
+
 settings.register_profile("potqat", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("potqat")
 

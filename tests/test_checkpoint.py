@@ -117,7 +117,7 @@ def test_what_cannot_be_saved(tmp_path):
         potqat.save(model, tmp_path)
 
 
-# ---- Folders that cannot be trusted: their files are sound (test_container.py has those that are not) -------------
+# ---- Folders that cannot be trusted: their files are sound (tests/container has those that are not) ---------------
 
 
 def modules(config):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_calibrate import CONTEXT, KINDS, batches, linears, make
+from calibration_models import CONTEXT, KINDS, batches, linears, make
 
 import potqat
 from potqat import PoTConfig, reconstruct
