@@ -229,9 +229,8 @@ def _kernels() -> list[str]:
         "",
         *_layers(zen2, "CPU_REPACK"),
         "",
-        f"{amx['machine']['cpu']}, {amx['machine']['isa']}, shared with others, so no row compares with another; "
-        "measured before few rows in groups took one call (see CHANGELOG). llama.cpp runs its AMX kernels (GCC 12 must "
-        "not drop stores in them, or they crash):",
+        f"{amx['machine']['cpu']}, {amx['machine']['isa']}, shared with others, so no row compares with another. "
+        "llama.cpp runs its AMX kernels (GCC 12 must not drop stores in them, or they crash):",
         "",
         *_layers(amx, "AMX"),
         "",
@@ -239,8 +238,8 @@ def _kernels() -> list[str]:
         f"without AMX, {_rotated(zen2)} on Zen 2, {_rotated(amx)} with AMX, so that no cache holds them. int8 is "
         "activation quantization, `torch._int_mm` and two scales; dynamic int8 is PyTorch's quantized Linear. All but "
         "llama.cpp's times include a call from Python; what was not measured is empty. All shapes, peers, numbers of "
-        "threads, and roofs: `benchmarks/results/kernels_*.md` and their plots. Their times in two threads, but for "
-        "the Xeon without AMX, may be too long: beside llama.cpp's threads in one process PyTorch's went to sleep.",
+        "threads, and roofs: `benchmarks/results/kernels_*.md` and their plots. Their times in two threads on Zen 2 "
+        "and 4 may be too long: beside llama.cpp's threads in one process PyTorch's went to sleep.",
     ]
 
 
@@ -298,7 +297,7 @@ def _decode() -> list[str]:
         "",
         *_tokens(older),
         "",
-        f"{_decode_machine(amx)}, earlier:",
+        f"{_decode_machine(amx)}:",
         "",
         *_tokens(amx),
     ]

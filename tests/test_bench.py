@@ -7,6 +7,7 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -286,6 +287,21 @@ def test_decoding_arms(benchmarks, quick):
         for phase in ("prefill", "decode"):
             assert row[phase]["tokens_per_second"] > 0
     assert "float32" in decode.table(found)
+
+
+def test_an_arm_that_decodes_other_logits_is_an_error(benchmarks, quick, monkeypatch):
+    import decode
+
+    @torch.no_grad()
+    def spoil(model):
+        model.lm_head.weight.neg_()
+        return model
+
+    monkeypatch.setitem(decode.ARMS, "spoiled", partial(decode.torch_arm, spoil, "eager"))
+    shape = GPTConfig(vocab_size=67, block_size=decode.PREFILL, n_layer=1, n_head=2, n_embd=64)
+    (row,) = decode.run(shape, ["spoiled"], threads=1, rounds=2)["rows"]
+    assert "cosine" in row["error"]
+    assert "decode" not in row
 
 
 def test_llama_reads_the_same_model(benchmarks, tmp_path):
